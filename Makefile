@@ -1,0 +1,71 @@
+# Everything runs in $(VENV), installed under constraints.txt. Another Python: make test PYTHON=python3.12 VENV=.venv-3.12
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2 --dist loadfile
+CONSTRAINTS ?= constraints.txt
+
+LINKS = lightrft/callbacks lightrft/lightning_modules
+# Editable, with links for editors and for a Python that runs without the install. They are made after it: setuptools
+# follows a link it finds, and then leaves that package to the link.
+define INSTALL
+	rm -f $(LINKS)
+	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '$(1)'
+	ln -s ../callbacks ../lightning_modules lightrft/
+endef
+
+.DELETE_ON_ERROR:
+.PHONY: install quickstart test lint format types nightly nightly-seeds nightly-transformers clean
+
+## install: the package, editable, in $(VENV); nothing happens when it is there already
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(call INSTALL,.)
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(call INSTALL,.[dev])
+	touch $@ $(VENV)/.installed
+
+## quickstart: install and train the example
+quickstart: install
+	$(VENV)/bin/python examples/quickstart/run.py
+
+## test: the whole suite
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+## lint: what ruff finds, and whether files are formatted
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+## format: let ruff mend what it can
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+## types: mypy on the package as the wheel lays it out, where callbacks/ is lightrft.callbacks
+types: $(VENV)/.installed-dev
+	rm -rf build # setuptools ships what an earlier build left there
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
+	cd build/site && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --package lightrft
+
+## nightly: what is too long for every change
+nightly: nightly-seeds nightly-transformers
+
+nightly-seeds: install
+	for seed in 1 2 3; do $(VENV)/bin/python examples/quickstart/run.py --seed $$seed || exit 1; done
+
+# The newest transformers, with what only it asks for, beside the other pins. Made anew each time: newest is today's.
+nightly-transformers:
+	rm -rf .venv-newest && mkdir .venv-newest
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors)==' constraints.txt > .venv-newest/constraints.txt
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.venv-newest/constraints.txt
+
+clean:
+	rm -rf build dist .venv .venv-* *.egg-info $(LINKS)

@@ -1,0 +1,27 @@
+"""HuggingFaceExport: a folder that ``from_pretrained`` and ``lightrft chat`` load, at the end of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+
+from lightrft.callback import RFTCallback
+
+
+class HuggingFaceExport(RFTCallback):
+    """Writes weights (adapters merged), configuration and tokenizer. Works under Lightning's ``Trainer`` too.
+
+    Args:
+        dirpath: the folder; ``None`` is ``<log_dir>/huggingface``.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir) / "huggingface"
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            pl_module.save_pretrained(folder)
+            rank_zero_info(f"Hugging Face model: {folder}")

@@ -1,0 +1,62 @@
+"""Rollout: prompts to responses through an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightrft import samples
+from lightrft.callback import RolloutCallback
+from lightrft.callbacks.weight_sync import StaleWeightsError
+from lightrft.engines import Engine
+from lightrft.engines.seeds import response_seed
+from lightrft.samples import Prompt, Sampling
+
+
+class Rollout(RolloutCallback):
+    """Owns the engine: starts it, samples with it, closes it.
+
+    Args:
+        engine: samples the responses.
+        sampling: how training responses are drawn; ``None`` is temperature 1 without truncation, 1024 tokens.
+
+    Raises:
+        ValueError: greedy training sampling, whose responses to a prompt would all be one.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling | None = None) -> None:
+        self.engine = engine
+        self.sampling = sampling or Sampling()
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature is 0 (greedy): a group's responses would be equal; set it above 0.")
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.engine.start(pl_module.actor.transformer.config, pl_module.tokenizer, trainer.fabric.device)
+
+    def on_engine_ready(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse to sample with weights that are not the trainer's current ones."""
+        if self.engine.weight_version != trainer.progress.weight_version:
+            raise StaleWeightsError(
+                f"The engine holds weight version {self.engine.weight_version}, the trainer is at "
+                f"{trainer.progress.weight_version}; list lightrft.callbacks.WeightSync in trainer.callbacks."
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        run_seed: int,
+        iteration: int,
+        sampling: Sampling | None = None,
+    ) -> samples.Rollout:
+        sampling = sampling or self.sampling
+        seeds = [
+            [response_seed(run_seed, iteration, prompt.uid, index) for index in range(samples_per_prompt)]
+            for prompt in prompts
+        ]
+        groups = self.engine.generate(prompts, sampling, seeds)
+        return samples.Rollout(list(prompts), groups, sampling)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.engine.close()

@@ -1,0 +1,52 @@
+"""RunSummary: what a run achieved, as a table and as ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightrft.callback import RFTCallback, the_one
+from lightrft.callbacks.throughput import Throughput
+from lightrft.callbacks.validation import Validation
+
+
+class RunSummary(RFTCallback):
+    """Writes ``<log_dir>/summary.json`` and prints its table at the end of training.
+
+    The keys are ``accuracy_before``, ``accuracy_after``, ``seconds`` (of all iterations, validation apart),
+    ``tokens_per_second`` and ``artefacts``. It reads the run's ``Validation`` and ``Throughput`` callbacks.
+
+    Args:
+        accuracy: the validation metric that is shown as accuracy, without ``val/``.
+    """
+
+    def __init__(self, accuracy: str = "reward/mean") -> None:
+        self.accuracy = accuracy
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse before training where there will be nothing to sum up.
+
+        Raises:
+            ValueError: ``Validation`` (with ``at_start``) or ``Throughput`` is not among the callbacks.
+        """
+        validation = the_one(trainer.callbacks, Validation)
+        if validation is None or not validation.at_start or the_one(trainer.callbacks, Throughput) is None:
+            raise ValueError("RunSummary needs the callbacks Validation (with at_start: true) and Throughput beside it.")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        validation, throughput = the_one(trainer.callbacks, Validation), the_one(trainer.callbacks, Throughput)
+        name, folder = f"val/{self.accuracy}", Path(trainer.log_dir)
+        summary = {
+            "accuracy_before": validation.first[name],
+            "accuracy_after": validation.last[name],
+            "seconds": throughput.seconds,
+            "tokens_per_second": throughput.tokens / throughput.seconds,
+            "artefacts": str(folder),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        for key, value in summary.items():
+            print(f"{key.replace('_', ' '):18s} {value:.4g}" if isinstance(value, float) else f"{key:18s} {value}")

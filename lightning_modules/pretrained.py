@@ -1,0 +1,119 @@
+"""Causal language models and tokenizers of ``transformers``: loading, LoRA, the parts training needs, writing back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters through peft (arXiv 2106.09685). The reference policy is then the base, adapter off.
+
+    Args:
+        rank: rank of the update.
+        alpha: the update is scaled by ``alpha / rank``.
+        target_modules: module names, or ``all-linear``.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+
+
+def load_model(name_or_path: str | None, config: dict[str, Any] | None, attention: str) -> PreTrainedModel:
+    """Weights by name or folder, or fresh weights of a config; float32 (the trainer's precision converts).
+
+    Raises:
+        ValueError: the name or folder holds no model, or the config is none; says what to do.
+    """
+    options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+    try:
+        if config is not None:
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"config {config}" if config is not None else f"model {name_or_path!r}"
+        raise ValueError(f"Cannot build a causal language model from {what}: {error}") from error
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer; one without a padding token pads with its end of sequence.
+
+    Raises:
+        ValueError: there is none, or it has no end of sequence.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot load a tokenizer from {name_or_path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {name_or_path!r} has no eos_token; a response could never end. Set one.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def add_lora(model: PreTrainedModel, lora: LoRA) -> nn.Module:
+    """Freeze ``model`` and put adapters into it, in place.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'lightning-rft[peft]'.") from error
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, config)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The head of ``model`` with the scalings some families put after it (Cohere, Granite, Gemma)."""
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config.get_text_config()
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under the names the plain ``transformers`` model gives them, adapters added to their weights.
+
+    The base weights are not touched (merging in place and back would round them).
+    """
+    adapted = {
+        f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
+    }
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        value = parameter.detach()
+        if name in adapted:
+            layer: Any = adapted[name]
+            value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters).to(value.dtype)
+        yield name.replace(".base_layer.", "."), value
+
+
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A folder that ``from_pretrained`` loads, with merged weights and the tokenizer."""
+    # A fresh skeleton: the model in training may hold adapters and our attention's name.
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    skeleton.load_state_dict(dict(merged_parameters(model)), strict=False, assign=True)
+    skeleton.tie_weights()
+    skeleton.generation_config = model.generation_config
+    skeleton.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

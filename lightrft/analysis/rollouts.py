@@ -1,0 +1,40 @@
+"""What a scored rollout says about itself."""
+
+from __future__ import annotations
+
+import torch
+
+from lightrft.analysis.metrics import Metrics
+from lightrft.samples import Response, Rollout
+
+
+def add_rollout_metrics(metrics: Metrics, rollout: Rollout, prefix: str = "") -> None:
+    """Rewards by part (mean, and std over all responses), lengths, truncated and dropped fractions, spreadless groups.
+
+    Args:
+        metrics: where they go.
+        rollout: scored.
+        prefix: put before every name, e.g. ``val/``.
+    """
+    responses = [response for _, response in rollout]
+    lengths = [len(response.token_ids) for response in responses]
+    metrics.mean(f"{prefix}response_tokens/mean", torch.tensor(lengths))
+    metrics.maximum(f"{prefix}response_tokens/max", torch.tensor(lengths))
+    truncated = [response.finish_reason == "length" for response in responses]
+    metrics.mean(f"{prefix}truncated_fraction", torch.tensor(truncated))
+    metrics.mean(f"{prefix}dropped_fraction", torch.tensor([response.dropped for response in responses]))
+    for part, values in _rewards_by_part(responses).items():
+        metrics.mean_and_std(f"{prefix}reward/{part}" if part else f"{prefix}reward", torch.tensor(values))
+    spread = [len({r.reward for r in group if not r.dropped}) > 1 for group in rollout.groups]
+    metrics.mean(f"{prefix}groups_without_spread", 1.0 - torch.tensor(spread).double())
+
+
+def _rewards_by_part(responses: list[Response]) -> dict[str, list[float]]:
+    """Scores of each component, and under ``""`` the reward that trains."""
+    parts: dict[str, list[float]] = {}
+    for response in responses:
+        if response.reward is not None and not response.dropped:
+            parts.setdefault("", []).append(response.reward)
+        for part, value in response.reward_parts.items():
+            parts.setdefault(part, []).append(value)
+    return parts

@@ -1,0 +1,150 @@
+"""The vocabulary of hooks. Callbacks announce and observe; the one that returns data is :class:`RolloutCallback`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+
+from lightrft.engines.base import Engine, WakePart
+from lightrft.samples import Batch, Prompt, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from lightrft.module import RFTModule
+    from lightrft.trainer import RFTTrainer
+
+Phase = Literal["rollout", "score", "advantages", "update", "iteration"]
+
+
+class RFTCallback(pl.Callback):
+    """Base of every callback of :class:`~lightrft.trainer.RFTTrainer`.
+
+    Hooks keep Lightning's name where the moment is the same; the new ones are below. All arguments are passed by
+    keyword. One iteration fires, in order::
+
+        on_iteration_start
+          on_phase_start("rollout")
+            on_rollout_start  on_engine_wake("weights")  on_weight_sync  on_engine_wake("cache")  on_engine_ready
+            on_engine_sleep  on_rollout_end
+          on_phase_end("rollout")
+          on_phase_start("score")       on_score_end                    on_phase_end("score")
+          on_phase_start("advantages")  on_advantages_end               on_phase_end("advantages")
+          on_phase_start("update")      on_update_start  on_update_end  on_phase_end("update")
+          ... one update phase for each optimizer step
+          on_phase_start("iteration")   on_iteration_end                on_phase_end("iteration")
+
+    ``on_phase_end`` is a boundary: the trainer's state is complete there, so a checkpoint taken in it resumes exactly.
+    Inherited from Lightning: ``setup`` (processes exist, modules are placed), ``on_fit_start``, ``on_fit_end``,
+    ``on_validation_start``, ``on_validation_end``, ``on_save_checkpoint``, ``on_load_checkpoint``, ``on_exception``,
+    ``teardown``; ``state_dict`` and ``load_state_dict`` (tensors, numbers, strings, lists and dicts of these).
+    """
+
+    def on_iteration_start(self, trainer: RFTTrainer, pl_module: RFTModule) -> None:
+        """A new iteration begins (not called again when a run resumes inside one)."""
+
+    def on_iteration_end(self, trainer: RFTTrainer, pl_module: RFTModule) -> None:
+        """All updates are done; what is logged here belongs to this iteration's row."""
+
+    def on_phase_start(self, trainer: RFTTrainer, pl_module: RFTModule, phase: Phase) -> None:
+        """A phase begins."""
+
+    def on_phase_end(self, trainer: RFTTrainer, pl_module: RFTModule, phase: Phase) -> None:
+        """A phase is over and the trainer's state is complete: the place to save."""
+
+    def on_rollout_start(self, trainer: RFTTrainer, pl_module: RFTModule, prompts: Sequence[Prompt]) -> None:
+        """This rank's prompts are drawn; nothing is sampled yet."""
+
+    def on_rollout_end(self, trainer: RFTTrainer, pl_module: RFTModule, rollout: Rollout) -> None:
+        """Responses are sampled, not yet scored."""
+
+    def on_engine_wake(self, trainer: RFTTrainer, pl_module: RFTModule, part: WakePart) -> None:
+        """The engine is about to be used, in training or validation: this part of it must be awake from here on.
+
+        First ``weights``; once they are current, ``cache``: so peak memory stays that of one phase.
+        """
+
+    def on_weight_sync(self, trainer: RFTTrainer, pl_module: RFTModule) -> None:
+        """The engine's weights can be written: push what is newer."""
+
+    def on_engine_ready(self, trainer: RFTTrainer, pl_module: RFTModule) -> None:
+        """The engine is awake, and sampling comes next."""
+
+    def on_engine_sleep(self, trainer: RFTTrainer, pl_module: RFTModule) -> None:
+        """The engine is not needed until the next ``on_engine_wake``."""
+
+    def on_score_end(self, trainer: RFTTrainer, pl_module: RFTModule, rollout: Rollout) -> None:
+        """Every response has its reward, or was dropped."""
+
+    def on_advantages_end(self, trainer: RFTTrainer, pl_module: RFTModule, batch: Batch) -> None:
+        """Log-probs of old policy and reference, and advantages, are in ``batch`` (all of this rank's responses)."""
+
+    def on_update_start(self, trainer: RFTTrainer, pl_module: RFTModule, batch: Batch) -> None:
+        """An optimizer step over ``batch`` begins."""
+
+    def on_update_end(self, trainer: RFTTrainer, pl_module: RFTModule, outputs: dict[str, float]) -> None:
+        """An optimizer step is done; ``outputs`` are its metrics, already those of all ranks."""
+
+    def on_validation_rollout(self, trainer: RFTTrainer, pl_module: RFTModule, rollout: Rollout) -> None:
+        """This rank's validation responses are sampled and scored."""
+
+
+class RolloutCallback(RFTCallback):
+    """The callback that turns prompts into responses. ``trainer.rollout`` finds the one of a run.
+
+    Attributes:
+        engine: samples the responses; started in ``setup``, closed in ``teardown``.
+        sampling: how training responses are drawn.
+    """
+
+    engine: Engine
+    sampling: Sampling
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        run_seed: int,
+        iteration: int,
+        sampling: Sampling | None = None,
+    ) -> Rollout:
+        """Sample ``samples_per_prompt`` responses to each prompt; a fixed function of weights, prompts and seeds."""
+        raise NotImplementedError
+
+
+class CheckpointCallback(RFTCallback):
+    """The callback that writes checkpoints. ``trainer.checkpoint_callback`` finds the one of a run."""
+
+    last_checkpoint: Path | None = None
+
+    def save(self, trainer: RFTTrainer) -> Path:
+        """Write a checkpoint now, at a phase boundary, on all ranks together; returns its folder."""
+        raise NotImplementedError
+
+
+def check_hook_names(callback: pl.Callback) -> None:
+    """Refuse a method called like a hook that no trainer ever calls: a typing error would stay silent.
+
+    Raises:
+        ValueError: names the method and the closest hook.
+    """
+    for name in dir(type(callback)):
+        if name.startswith("on_") and callable(getattr(type(callback), name)) and not hasattr(RFTCallback, name):
+            close = difflib.get_close_matches(name, dir(RFTCallback), n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ValueError(f"{type(callback).__name__}.{name} is no hook of RFTCallback and would never be called{hint}")
+
+
+def the_one(callbacks: Sequence[pl.Callback], kind: type) -> Any:
+    """The callback of that type, ``None`` if there is none.
+
+    Raises:
+        ValueError: several of them.
+    """
+    found = [callback for callback in callbacks if isinstance(callback, kind)]
+    if len(found) > 1:
+        raise ValueError(f"trainer.callbacks lists {len(found)} of {kind.__name__}; keep one.")
+    return found[0] if found else None

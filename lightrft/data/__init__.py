@@ -1,0 +1,16 @@
+"""Where prompts and conversations come from."""
+
+from lightrft.data.prompt_data import PromptData
+from lightrft.data.sources import DataSource, Source, SupervisedSource
+from lightrft.data.stream import PromptStream
+from lightrft.data.supervised_data import SupervisedBatch, SupervisedData
+
+__all__ = [
+    "DataSource",
+    "PromptData",
+    "PromptStream",
+    "Source",
+    "SupervisedBatch",
+    "SupervisedData",
+    "SupervisedSource",
+]

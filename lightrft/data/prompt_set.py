@@ -1,0 +1,80 @@
+"""The records of one source as prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightrft.data.chat import Chat
+from lightrft.data.placeholders import as_parts
+from lightrft.data.records import BadRecord, OnBadRecord, Record, read_record, screen
+from lightrft.data.sources import Source
+from lightrft.samples import Prompt
+
+
+class PromptSet:
+    """The usable records of a source, every one read and spelled once so that none fails later.
+
+    Args:
+        source: where they come from.
+        chat: how they are spelled.
+        max_prompt_tokens: longer prompts are bad records; media count as their placeholders.
+        on_bad_record: ``raise``, or ``skip`` those that cannot be used.
+
+    Attributes:
+        name: the source's.
+        labels: the reward recipes they ask for.
+        bad_records: why records were skipped, each reason with ``source/row``.
+
+    Raises:
+        FileNotFoundError: there are no such data.
+        ValueError: records cannot be used.
+    """
+
+    def __init__(
+        self, source: Source, chat: Chat, max_prompt_tokens: int | None = None, on_bad_record: OnBadRecord = "raise"
+    ) -> None:
+        self.name = source.name
+        self._source, self._chat, self._folder = source, chat, source.folder
+        self._max_prompt_tokens = max_prompt_tokens
+        self._raw = source.load()
+        labels, self.bad_records = screen(self.name, len(self._raw), self._check, on_bad_record)
+        self.labels = set(labels.values())
+        self._rows = torch.tensor(list(labels))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def prompt(self, index: int, draw: str) -> Prompt:
+        """The ``index``-th usable record; ``draw`` tells this use of it from others."""
+        row = int(self._rows[index])
+        record, text = self._read(row)
+        return Prompt(
+            uid=f"{self.name}/{row}@{draw}",
+            token_ids=torch.tensor(self._chat.prompt_ids(text), dtype=torch.int64),
+            text=text,
+            reference=record.reference,
+            label=record.label,
+            source=self.name,
+            media=record.media,
+            record=record.columns,
+        )
+
+    def _read(self, row: int) -> tuple[Record, str]:
+        try:
+            raw: Any = self._raw[row]
+        except ValueError as error:
+            raise BadRecord(str(error)) from error
+        record = read_record(raw, self._source, self._folder)
+        return record, self._chat.prompt(as_parts(record.input, record.media) if self._chat.templated else record.input)
+
+    def _check(self, row: int) -> str | None:
+        record, text = self._read(row)
+        if self._max_prompt_tokens is not None:
+            tokens = len(self._chat.prompt_ids(text))
+            if tokens > self._max_prompt_tokens:
+                raise BadRecord(
+                    f"the prompt has {tokens} tokens, more than max_prompt_tokens {self._max_prompt_tokens}"
+                )
+        return record.label

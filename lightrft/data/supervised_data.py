@@ -1,0 +1,260 @@
+"""Conversations for supervised fine-tuning under Lightning's own Trainer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
+
+from lightrft.data.chat import Chat
+from lightrft.data.placeholders import PART_OF
+from lightrft.data.records import BadRecord, Message, OnBadRecord, lookup, messages_of, screen, warn_of_skipped
+from lightrft.data.sources import SupervisedSource, sources_of
+from lightrft.data.turns import Segment, conversation, encode, encode_pair
+
+
+@dataclass(eq=False)
+class SupervisedBatch:
+    """Sequences to learn, ragged.
+
+    Attributes:
+        sequences: ``B`` int64 tensors ``[L_i]``.
+        loss_masks: ``B`` bool tensors ``[L_i]``; ``True`` where a token is learned.
+    """
+
+    sequences: list[Tensor]
+    loss_masks: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @classmethod
+    def collate(cls, rows: list[tuple[Tensor, Tensor]]) -> SupervisedBatch:
+        """The rows of a DataLoader as a batch."""
+        return cls(sequences=[ids for ids, _ in rows], loss_masks=[mask for _, mask in rows])
+
+    def to(self, device: torch.device) -> SupervisedBatch:
+        return SupervisedBatch(
+            sequences=[ids.to(device) for ids in self.sequences],
+            loss_masks=[mask.to(device) for mask in self.loss_masks],
+        )
+
+
+class SupervisedSet(Dataset):
+    """The usable records of a source as tokens to learn, every one checked once.
+
+    A record is one sequence, or several where the chat template rewrites earlier turns
+    (:func:`lightrft.data.turns.conversation`).
+
+    Args:
+        source: where they come from.
+        chat: how conversations are spelled.
+        max_tokens: longer sequences are bad records.
+        on_bad_record: ``raise``, or ``skip`` those that cannot be used.
+
+    Attributes:
+        bad_records: why records were skipped, each reason with ``source/row``.
+
+    Raises:
+        FileNotFoundError: there are no such data.
+        ValueError: records cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: SupervisedSource,
+        chat: Chat,
+        max_tokens: int | None = None,
+        on_bad_record: OnBadRecord = "raise",
+    ) -> None:
+        self._source, self._chat, self._max_tokens = source, chat, max_tokens
+        self._raw = source.load()
+        counts, self.bad_records = screen(source.name, len(self._raw), self._check, on_bad_record)
+        self._items = torch.tensor([(row, part) for row, count in counts.items() for part in range(count)])
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Token ids int64 ``[L]`` and loss mask bool ``[L]``."""
+        row, part = self._items[index].tolist()
+        return self._encode(self._read(row)[part])
+
+    def _read(self, row: int) -> list[list[Segment]]:
+        try:
+            raw = self._raw[row]
+        except ValueError as error:
+            raise BadRecord(str(error)) from error
+        if not isinstance(raw, dict):
+            raise BadRecord(f"it is a {type(raw).__name__}, not an object with keys")
+        if raw.get(self._source.messages_key) is not None:
+            messages = messages_of(raw[self._source.messages_key], self._source.messages_key)
+        else:
+            prompt, response = self._prompt(raw), self._text(raw, self._source.response_key)
+            if isinstance(prompt, str) and not self._chat.templated:
+                return [[(prompt, False), (response, True)]]
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = [*messages, {"role": "assistant", "content": response}]
+        self._refuse_media(raw, messages)
+        if not self._chat.templated:
+            raise BadRecord("messages need a chat template; use a chat tokenizer, or records of prompt and response")
+        return conversation(messages, self._chat)
+
+    def _encode(self, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+        if self._chat.templated:
+            return encode(segments, self._chat)
+        (prompt, _), (response, _) = segments
+        return encode_pair(prompt, response, self._chat)
+
+    def _check(self, row: int) -> int:
+        sequences = self._read(row)
+        if self._max_tokens is not None:
+            tokens = max(len(self._encode(segments)[0]) for segments in sequences)
+            if tokens > self._max_tokens:
+                raise BadRecord(f"it has {tokens} tokens, more than max_tokens {self._max_tokens}")
+        return len(sequences)
+
+    def _prompt(self, raw: dict[str, Any]) -> str | list[Message]:
+        key = self._source.prompt_key
+        if key not in raw and self._source.messages_key not in raw:
+            keys = ", ".join(map(repr, raw)) or "no keys"
+            raise BadRecord(f"there is neither {self._source.messages_key!r} nor {key!r}; the record has {keys}")
+        value = lookup(raw, key)
+        return messages_of(value, key) if isinstance(value, list) else self._text(raw, key)
+
+    def _text(self, raw: dict[str, Any], key: str) -> str:
+        value = lookup(raw, key)
+        if not isinstance(value, str) or not value.strip():
+            raise BadRecord(f"{key!r} must be text that is not empty")
+        return value
+
+    def _refuse_media(self, raw: dict[str, Any], messages: list[Message]) -> None:
+        columns = [kind for kind in PART_OF if raw.get(kind)]
+        parts = [message for message in messages if not isinstance(message["content"], str)]
+        if columns or parts:
+            raise BadRecord("it holds media, which supervised data cannot teach; leave them out")
+
+
+class SupervisedData(LightningDataModule):
+    """Conversations to learn, for Lightning's own Trainer; the loss is on the assistant's tokens only.
+
+    Args:
+        train: sources of the conversations learned; several are one pool.
+        val: sources of the conversations evaluated on.
+        batch_size: sequences of a batch, on each device, as in any DataLoader.
+        max_tokens: longer sequences are bad records; none is cut, since a cut one would teach never to end.
+        tokenizer: hub id or folder; ``null`` takes the module's ``tokenizer``.
+        chat_template: apply the tokenizer's chat template, ``prompt`` and ``response`` then being turns; ``null`` does
+            when it has one, ``false`` joins prompt, response and the end of sequence token as raw text.
+        on_bad_record: ``raise`` before training, or ``skip`` those records and warn with their number and the first
+            three reasons.
+        num_workers: processes that tokenize; 0 is the training process itself.
+        seed: seed of the order, which depends on it and the epoch alone; ``null`` takes that of ``seed_everything``.
+
+    Attributes:
+        bad_records: why records were skipped, each reason with ``source/row``.
+
+    Raises:
+        ValueError: two sources of one name, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        train: list[SupervisedSource] | SupervisedSource | None = None,
+        val: list[SupervisedSource] | SupervisedSource | None = None,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+        tokenizer: str | None = None,
+        chat_template: bool | None = None,
+        on_bad_record: OnBadRecord = "raise",
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train = sources_of(train, "train")
+        self.val = sources_of(val, "val")
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.on_bad_record = on_bad_record
+        self.num_workers = num_workers
+        self.seed = seed
+        self.bad_records: list[str] = []
+        self._sets: dict[str, list[SupervisedSet]] = {}
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("max_tokens", max_tokens, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{key} is {value}; it must be at least {least}.")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and check the records: all of them, or those of ``val`` alone for the stage ``validate``.
+
+        Raises:
+            RuntimeError: there is no tokenizer.
+            FileNotFoundError: there are no such data.
+            ValueError: records cannot be used; names the first three.
+        """
+        for part, sources in (("train", self.train), ("val", self.val)):
+            if part not in self._sets and not (part == "train" and stage == "validate"):
+                self._sets[part] = [self._load(source) for source in sources]
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches in random order, another one each epoch; each rank gets its share.
+
+        Raises:
+            RuntimeError: there are no train sources, or :meth:`setup` has not been called.
+        """
+        data = self._loaded("train")
+        if not len(data):
+            raise RuntimeError("There is nothing to train on; give data.train a source.")
+        ranks = self.trainer.world_size if self.trainer else 1
+        rank = self.trainer.global_rank if self.trainer else 0
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+        # Our own sampler, also on one device: the order then follows (seed, epoch), whatever else drew random numbers.
+        return self._loader(data, DistributedSampler(data, num_replicas=ranks, rank=rank, seed=seed))
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """Batches in order; Lightning gives each rank its share. No loader without val sources."""
+        data = self._loaded("val")
+        return self._loader(data) if len(data) else []
+
+    def _load(self, source: SupervisedSource) -> SupervisedSet:
+        chat = Chat.of(self._tokenizer(), self.chat_template)
+        loaded = SupervisedSet(source, chat, self.max_tokens, self.on_bad_record)
+        self.bad_records += loaded.bad_records
+        if self.trainer is None or self.trainer.is_global_zero:
+            warn_of_skipped(source.name, loaded.bad_records)
+        return loaded
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise RuntimeError("There is no tokenizer: set data.tokenizer, or train a module that has one.")
+        return tokenizer
+
+    def _loader(self, data: Dataset, sampler: DistributedSampler | None = None) -> DataLoader:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=SupervisedBatch.collate,
+        )
+
+    def _loaded(self, part: str) -> Any:
+        if part not in self._sets:
+            raise RuntimeError(f"SupervisedData.setup() must come before its {part} batches are asked for.")
+        return ConcatDataset(self._sets[part]) if self._sets[part] else []

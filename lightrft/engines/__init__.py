@@ -1,0 +1,26 @@
+"""Inference engines: what they all offer (:mod:`lightrft.engines.base`) and the ones LightRFT brings."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightrft.engines.base import Engine, EngineError
+
+if TYPE_CHECKING:
+    from lightrft.engines.transformers_engine import TransformersEngine
+
+__all__ = ["Engine", "EngineError", "TransformersEngine"]
+
+# Imported on first use: an engine's libraries take seconds to import, and a run uses one engine.
+_ENGINES = {"TransformersEngine": "lightrft.engines.transformers_engine"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENGINES:
+        return getattr(importlib.import_module(_ENGINES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ENGINES})

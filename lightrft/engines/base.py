@@ -1,0 +1,90 @@
+"""What every inference engine offers; :class:`Engine` is selected by ``class_path`` in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightrft.ops.fingerprint import Fingerprint
+from lightrft.samples import Prompt, Response, Sampling
+
+WakePart = Literal["weights", "cache"]
+
+
+class EngineError(RuntimeError):
+    """The engine cannot go on: dead, asleep, or given what it cannot serve. The message says which and what to do."""
+
+
+class Engine:
+    """An inference engine that samples responses with weights pushed from the trainer.
+
+    The constructor is cheap (it runs in every process before ranks exist); :meth:`start` builds the model. A started
+    engine holds *no* usable weights until the first :meth:`update_weights`.
+
+    Attributes:
+        weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
+    """
+
+    weight_version: int = -1
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype the engine computes in; pushed tensors are cast to it. ``None`` keeps the trainer's."""
+        return None
+
+    def start(self, config: Any, tokenizer: Any, device: torch.device) -> None:
+        """Build the model from a ``transformers`` config.
+
+        Args:
+            config: ``PretrainedConfig`` of the actor.
+            tokenizer: ``PreTrainedTokenizerBase`` of the actor (end of sequence, padding, decoding).
+            device: where this rank computes.
+
+        Raises:
+            EngineError: the model cannot be served; says why.
+        """
+        raise NotImplementedError
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Response]]:
+        """Sample ``len(seeds[i])`` responses to ``prompts[i]``, in order.
+
+        Each response is drawn from its own seed: it does not depend on the batch it is in.
+
+        Raises:
+            EngineError: asleep, closed, or without weights.
+            ValueError: a prompt without tokens or too long for the model's context; names it.
+        """
+        raise NotImplementedError
+
+    def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """Untruncated log-probs at temperature 1 of tokens 1.. of each int64 ``[L]`` sequence: float32 ``[L - 1]``."""
+        raise NotImplementedError
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights, names as in the actor's ``transformers`` model. Caches of old weights are dropped.
+
+        Raises:
+            EngineError: an unknown name, a wrong shape; names it. The weights are then unusable until a full push.
+        """
+        raise NotImplementedError
+
+    def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
+        """Fingerprints, computed inside the engine, of the weights it computes with."""
+        raise NotImplementedError
+
+    def sleep(self, level: int = 1) -> None:
+        """Free device memory: 1 keeps the weights in host memory, 2 drops them (a push must follow waking)."""
+        raise NotImplementedError
+
+    def wake(self, parts: Sequence[WakePart] = ("weights", "cache")) -> None:
+        """Take device memory again, part by part, so that peak memory stays that of one phase."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free everything; the engine cannot be used again. Closing twice is allowed."""
+        raise NotImplementedError

@@ -1,0 +1,333 @@
+"""The default engine: ``transformers``' own ``generate``, in the trainer's process, on weights of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+
+from lightrft.engines.base import Engine, EngineError, WakePart
+from lightrft.engines.draw import SeededDraw, uniforms, warpers
+from lightrft.engines.prefill import can_share_prefill, shared_prefill
+from lightrft.engines.stopping import Detokenizer, StopStrings, before_stop, response_length
+from lightrft.engines.weights import Weights
+from lightrft.ops.fingerprint import Fingerprint
+from lightrft.samples import Prompt, Response, Sampling
+
+# Logits of a scoring pass held at once: 1 GiB in float32.
+_SCORED_LOGITS = 1 << 28
+
+
+class TransformersEngine(Engine):
+    """Samples with ``model.generate`` of ``transformers``: no extra to install, every architecture it knows.
+
+    Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, top-k,
+    top-p and min-p, in this order), so a greedy token's is 0. The vocabulary is the trainer's: ids that pad it beyond
+    the tokenizer stay in the distribution, and decode to nothing.
+
+    Args:
+        dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's.
+        sequences_per_batch: most responses generated at once; lower it when memory runs out.
+    """
+
+    def __init__(
+        self, dtype: Literal["float32", "bfloat16", "float16"] | None = None, sequences_per_batch: int = 256
+    ) -> None:
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16, float16 or null.")
+        if sequences_per_batch < 1:
+            raise ValueError(f"sequences_per_batch is {sequences_per_batch}; it must be at least 1.")
+        self.sequences_per_batch = sequences_per_batch
+        self._dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self._model: Any = None
+        self._closed = False
+        self._asleep: set[WakePart] = set()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As asked for in the constructor; once started, what the model is really in."""
+        return self._dtype
+
+    def start(self, config: Any, tokenizer: Any, device: torch.device) -> None:
+        if self._closed or self._model is not None:
+            raise EngineError(f"TransformersEngine is {'closed' if self._closed else 'started'}; start a new one.")
+        self._device = torch.device(device)
+        self._model = _build(copy.deepcopy(config), self._dtype, self._device)
+        self._dtype = self._model.dtype
+        self._weights = Weights(self._model)
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop_ids = _stop_ids(self._model, tokenizer)
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stop_ids, default=0)
+        self._shares_prefill = can_share_prefill(self._model)
+        # What the folder recommends (penalties, top-k) would change the distribution behind the trainer's back.
+        self._model.generation_config = GenerationConfig()
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Response]]:
+        self._require("weights", "cache")
+        self._require_pushed()
+        self._check(prompts, sampling, seeds)
+        draws = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(len(seeds[prompt]))]
+        draws.sort(key=lambda draw: len(prompts[draw[0]].token_ids))
+        responses: dict[tuple[int, int], Response] = {}
+        for start in range(0, len(draws), self.sequences_per_batch):
+            batch = draws[start : start + self.sequences_per_batch]
+            unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
+            row_of = [unique[prompt] for prompt, _ in batch]
+            seeds_of = [seeds[prompt][sample] for prompt, sample in batch]
+            drawn = self._generate_batch([prompts[prompt] for prompt in unique], row_of, seeds_of, sampling)
+            responses.update(zip(batch, drawn))
+        return [[responses[i, k] for k in range(len(group))] for i, group in enumerate(seeds)]
+
+    def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        self._require("weights", "cache")
+        self._require_pushed()
+        for index, sequence in enumerate(sequences):
+            self._check_ids(sequence, f"sequence {index}", 0)
+        scores: dict[int, Tensor] = {}
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        while order:
+            longest = len(sequences[order[-1]])
+            rows = min(self.sequences_per_batch, max(1, _SCORED_LOGITS // (longest * self._vocabulary)))
+            batch, order = order[-rows:], order[:-rows]
+            scores.update(zip(batch, self._score_batch([sequences[index] for index in batch])))
+        return [scores[index] for index in range(len(sequences))]
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._require("weights")
+        usable, self.weight_version = self.weight_version >= 0, -1
+        self._weights.push(tensors, complete=not usable)
+        self.weight_version = version
+
+    def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
+        self._require("weights")
+        return self._weights.fingerprint(names)
+
+    def sleep(self, level: int = 1) -> None:
+        if level not in (1, 2):
+            raise ValueError(f"level is {level!r}; it must be 1 (weights to host memory) or 2 (weights dropped).")
+        self._require()
+        self._asleep = {"weights", "cache"}
+        if level == 1:
+            self._weights.offload()
+        else:
+            self._weights.drop()
+            self.weight_version = -1
+        self._release()
+
+    def wake(self, parts: Sequence[WakePart] = ("weights", "cache")) -> None:
+        unknown = set(parts) - {"weights", "cache"}
+        if unknown:
+            raise ValueError(f"{min(unknown)!r} is no part of an engine; wake 'weights', 'cache' or both.")
+        self._require()
+        if "weights" in parts and "weights" in self._asleep:
+            self._weights.restore()
+        self._asleep -= set(parts)
+
+    def close(self) -> None:
+        if self._model is not None:
+            del self._model, self._weights
+            self._model = None
+            self._release()
+        self._closed = True
+        self.weight_version = -1
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self._model.get_input_embeddings().num_embeddings)
+
+    def _release(self) -> None:
+        # The allocator keeps freed memory for this process; the trainer's next phase may want it in other sizes.
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).empty_cache()
+
+    def _require(self, *parts: WakePart) -> None:
+        if self._model is None:
+            raise EngineError(
+                "TransformersEngine is closed; build a new one."
+                if self._closed
+                else "Call start() on the engine first."
+            )
+        asleep = [part for part in parts if part in self._asleep]
+        if asleep:
+            raise EngineError(f"The engine's {' and '.join(asleep)} are asleep; call wake({asleep}) first.")
+
+    def _require_pushed(self) -> None:
+        if self.weight_version < 0:
+            raise EngineError("The engine has no usable weights; push all of them with update_weights() first.")
+
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> None:
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} lists of seeds; give one list per prompt.")
+        for prompt in prompts:
+            if prompt.media:
+                raise ValueError(
+                    f"Prompt {prompt.uid!r} has images, audio or video, which TransformersEngine does not read; "
+                    "choose an engine that does."
+                )
+            self._check_ids(prompt.token_ids, f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
+
+    def _check_ids(self, token_ids: Tensor, name: str, new_tokens: int) -> None:
+        if len(token_ids) == 0:
+            raise ValueError(f"{name} has no tokens; an engine needs at least one.")
+        # Inside the model this would be an index error, on a GPU the end of the process.
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self._vocabulary:
+            raise ValueError(f"{name} has token ids outside [0, {self._vocabulary}); use the actor's own tokenizer.")
+        window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if window is not None and len(token_ids) + new_tokens > window:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens; with max_new_tokens {new_tokens} that is more than the model's "
+                f"context of {window}; shorten either."
+            )
+
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], row_of: Sequence[int], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Response]:
+        """One response per entry of ``row_of``, the index of its prompt."""
+        strings, special = self._split_stops(sampling)
+        stop_ids = self._stop_ids | special | set(sampling.stop_token_ids)
+        token_ids, mask = self._left_pad([prompt.token_ids for prompt in prompts])
+        rows = torch.tensor(row_of, device=self._device)
+        length = token_ids.shape[1]
+        draw = SeededDraw(uniforms(seeds, sampling.max_new_tokens).to(self._device), length)
+        stopping = StopStrings(strings, stop_ids, len(row_of), self._detokenizer) if strings else None
+        with self._computing():
+            shared: dict[str, Any] = {}
+            if self._shares_prefill and len(prompts) < len(row_of) and length > 1:
+                shared["past_key_values"] = shared_prefill(self._model, token_ids, mask, rows)
+            output = self._model.generate(
+                input_ids=token_ids[rows],
+                attention_mask=mask[rows],
+                generation_config=GenerationConfig(
+                    max_new_tokens=sampling.max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    eos_token_id=sorted(stop_ids) or None,
+                    pad_token_id=self._pad_id,
+                ),
+                logits_processor=LogitsProcessorList([*warpers(sampling), draw]),
+                stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
+                synced_gpus=False,
+                **shared,
+            )
+        ends = stopping.ends if stopping else {}
+        drawn = zip(output[:, length:].cpu(), draw.log_probs.cpu(), row_of, seeds)
+        return [
+            self._response(prompts[prompt], tokens, log_probs, ends.get(row), stop_ids, strings, seed)
+            for row, (tokens, log_probs, prompt, seed) in enumerate(drawn)
+        ]
+
+    def _response(
+        self,
+        prompt: Prompt,
+        tokens: Tensor,
+        log_probs: Tensor,
+        end: int | None,
+        stop_ids: frozenset[int],
+        strings: Sequence[str],
+        seed: int,
+    ) -> Response:
+        ids = tokens.tolist()[:end]
+        ids = ids[: response_length(ids, stop_ids)]
+        log_probs = log_probs[: len(ids)].clone()
+        if not bool(log_probs.isfinite().all()):
+            raise EngineError(
+                f"The model's logits for prompt {prompt.uid!r} are not finite under weights of version "
+                f"{self.weight_version}; training has diverged, or {self._dtype} is too narrow."
+            )
+        return Response(
+            token_ids=torch.tensor(ids, dtype=torch.int64),
+            log_probs=log_probs,
+            text=before_stop(self._detokenizer.decode(ids), strings),
+            finish_reason="stop" if end is not None or ids[-1] in stop_ids else "length",
+            weight_version=self.weight_version,
+            seed=seed,
+        )
+
+    def _split_stops(self, sampling: Sampling) -> tuple[list[str], frozenset[int]]:
+        """Stop strings, less those that are special tokens: these never reach the text, and stop by their ids."""
+        ids = {stop: self._detokenizer.special_id(stop) for stop in sampling.stop}
+        return [stop for stop in ids if ids[stop] is None], frozenset(i for i in ids.values() if i is not None)
+
+    def _left_pad(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        shape = (len(prompts), max(map(len, prompts)))
+        token_ids = torch.full(shape, self._pad_id, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, -len(prompt) :] = prompt
+            mask[row, -len(prompt) :] = 1
+        return token_ids.to(self._device), mask.to(self._device)
+
+    def _score_batch(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        token_ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=self._pad_id)
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        mask = (torch.arange(token_ids.shape[1]) < lengths[:, None]).long()
+        with self._computing():
+            token_ids = token_ids.to(self._device)
+            logits = self._model(input_ids=token_ids, attention_mask=mask.to(self._device), use_cache=False).logits
+            return [
+                _log_probs(row[: length - 1], ids[1:length]).cpu()
+                for row, ids, length in zip(logits, token_ids, lengths.tolist())
+            ]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        # The engine's dtype is its own, whatever precision plugin is around.
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            yield
+
+
+def _build(config: Any, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """The model on ``device`` with meaningless weights, the generators of this process left as they were."""
+    auto = AutoModelForCausalLM
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        auto = AutoModelForMultimodalLM
+    dtype = dtype or config.dtype or torch.get_default_dtype()
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
+        try:
+            # Built in its dtype rather than cast: buffers such as rotary frequencies keep float32, as when loaded.
+            model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        except ValueError:
+            model = _build_eager(auto, config, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _build_eager(auto: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """For the few architectures without scaled dot product attention."""
+    try:
+        return auto.from_config(config, dtype=dtype, attn_implementation="eager")
+    except ValueError as error:
+        raise EngineError(
+            f"transformers has no model that generates text for {type(config).__name__}: {error}"
+        ) from error
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """End of sequence by the tokenizer, the model's config and what it generates by default."""
+    sources = (tokenizer, model.generation_config, model.config.get_text_config())
+    found: set[int] = set()
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return frozenset(found)
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs of int64 ``targets`` ``[L]`` under ``logits`` ``[L, V]``: float32 ``[L]``, in pieces for memory."""
+    pieces = zip(logits.split(1024), targets.split(1024))
+    return torch.cat([part.float().log_softmax(-1).gather(1, ids[:, None])[:, 0] for part, ids in pieces])

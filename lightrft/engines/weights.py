@@ -1,0 +1,86 @@
+"""The weights of an in-process engine: pushed by name, fingerprinted, moved to host memory, dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightrft.engines.base import EngineError
+from lightrft.ops.fingerprint import Fingerprint, fingerprint
+
+
+class Weights:
+    """Parameters and persistent buffers of ``model``, named as in its ``state_dict``; tied ones are one weight.
+
+    Args:
+        model: on the device it computes on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        state = model.state_dict(keep_vars=True)
+        self._named: dict[str, Tensor] = {name: item for name, item in state.items() if isinstance(item, Tensor)}
+        self._placed = {id(weight): (weight, weight.shape, weight.device) for weight in self._named.values()}
+
+    def push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
+        """Copy ``tensors`` in, cast to each weight's dtype.
+
+        Args:
+            tensors: name and tensor, one after the other.
+            complete: whether every weight must be among them.
+
+        Raises:
+            EngineError: an unknown name, a wrong shape, or a weight that is missing; names it.
+        """
+        pushed: set[int] = set()
+        for name, tensor in tensors:
+            weight = self._find(name)
+            if weight.shape != tensor.shape:
+                raise EngineError(
+                    f"Weight {name!r} was pushed with shape {tuple(tensor.shape)}, but the engine's is "
+                    f"{tuple(weight.shape)}; start the engine from the actor's own config."
+                )
+            with torch.no_grad():
+                weight.copy_(tensor)
+            pushed.add(id(weight))
+        missing = [name for name, weight in self._named.items() if id(weight) not in pushed] if complete else []
+        if missing:
+            raise EngineError(
+                f"{len(missing)} weights were not pushed, {missing[0]!r} the first; the first push, and the one after "
+                "weights became unusable, must bring every weight, frozen ones too."
+            )
+
+    def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
+        """Fingerprints by name.
+
+        Raises:
+            EngineError: an unknown name.
+        """
+        return {name: fingerprint(self._find(name)) for name in names}
+
+    def offload(self) -> None:
+        """Move to host memory."""
+        self._move(lambda weight: weight.data.cpu())
+
+    def drop(self) -> None:
+        """Free the memory; the values are lost."""
+        self._move(lambda weight: torch.empty(0, dtype=weight.dtype, device=weight.device))
+
+    def restore(self) -> None:
+        """Back onto the device: offloaded weights with their values, dropped ones with none."""
+        for weight, shape, device in self._placed.values():
+            if weight.shape == shape:
+                weight.data = weight.data.to(device)
+            else:
+                weight.data = torch.empty(shape, dtype=weight.dtype, device=device)
+
+    def _move(self, moved: Callable[[Tensor], Tensor]) -> None:
+        # Through .data: the parameter objects stay the same, so that tied weights stay tied.
+        for weight, _, _ in self._placed.values():
+            weight.data = moved(weight)
+
+    def _find(self, name: str) -> Tensor:
+        if name not in self._named:
+            raise EngineError(f"The engine has no weight named {name!r}; push names as in the actor's own model.")
+        return self._named[name]

@@ -1,0 +1,58 @@
+"""Causal attention inside the segments of a packed row of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lightrft.ops.packing import pad
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention of every token to itself and the tokens before it in its own segment.
+
+    In half precision on a GPU this is torch's variable-length flash attention. Elsewhere the segments are padded to
+    rectangles for ``scaled_dot_product_attention``: right padding with a causal mask needs no other mask.
+
+    Args:
+        query: ``[N, H_q, D]``.
+        key, value: ``[N, H_kv, D]``; ``H_q`` is a multiple of ``H_kv``. (The padded way lets value differ in ``D``.)
+        cu_seqlens: int32 ``[S + 1]``.
+        scale: multiplies the scores before the softmax.
+        window: a token sees at most this many tokens, itself included; ``None`` is all.
+
+    Returns:
+        ``[N, H_q, D]``.
+    """
+    if query.is_cuda and query.dtype in _KERNEL_DTYPES:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        reach = (window - 1 if window else -1, 0)
+        grouped = query.shape[1] != key.shape[1]
+        return varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=reach, enable_gqa=grouped
+        )
+    return _padded_attention(query, key, value, cu_seqlens, scale, window)
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    padded, mask = pad(torch.cat([query, key, value], dim=-1), cu_seqlens)
+    widths = [query.shape[-1], key.shape[-1], value.shape[-1]]
+    q, k, v = padded.transpose(1, 2).split(widths, dim=-1)
+    band = None
+    if window is not None and window < q.shape[2]:
+        position = torch.arange(q.shape[2], device=q.device)
+        distance = position[:, None] - position
+        band = (distance >= 0) & (distance < window)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None, scale=scale)
+    return out.transpose(1, 2)[mask]

@@ -1,0 +1,75 @@
+"""Log-probabilities and entropy of a language model's head without the whole ``[tokens, vocabulary]`` in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class _LogProbEntropy(torch.autograd.Function):
+    """``log_softmax`` at the target, and entropy, keeping one copy of the logits instead of the four of plain autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_normalizer = logits.logsumexp(-1)
+        log_probs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normalizer
+        # A logit of -inf (a forbidden token) has probability 0 and must add 0, not 0 * inf.
+        finite = logits.clamp_min(torch.finfo(logits.dtype).min)
+        entropy = log_normalizer - (torch.exp(logits - log_normalizer[:, None]) * finite).sum(-1)
+        ctx.save_for_backward(logits, targets, log_normalizer, entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        logits, targets, log_normalizer, entropy = ctx.saved_tensors
+        log_p = (logits - log_normalizer[:, None]).clamp_min(torch.finfo(logits.dtype).min)
+        probs = log_p.exp()
+        # d log p_y / dz = 1_y - p;  dH / dz = -p (log p + H)
+        grad = log_p.add_(entropy[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_log_probs[:, None]).mul_(probs)
+        grad.scatter_add_(-1, targets[:, None], grad_log_probs[:, None])
+        return grad, None
+
+
+def log_probs_and_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of its distribution, ``chunk_tokens`` rows of logits at a time.
+
+    Logits of one chunk exist at a time, in the backward too, where each chunk is computed again (gradient
+    checkpointing, Chen et al. 2016, arXiv 1604.06174). Exact: the chunks do not change value or gradient beyond the
+    rounding of sums.
+
+    Args:
+        hidden: ``[M, H]``, what the head takes.
+        targets: int64 ``[M]``.
+        head: maps ``[C, H]`` to logits ``[C, V]``; may hold parameters.
+        temperature: divides the logits.
+        chunk_tokens: rows at a time.
+
+    Returns:
+        ``(log_probs, entropy)``, each ``[M]`` in nats, at least float32.
+    """
+
+    def chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _LogProbEntropy.apply(logits if temperature == 1 else logits / temperature, t)
+
+    if len(targets) <= chunk_tokens:
+        return chunk(hidden, targets)
+    recompute = torch.is_grad_enabled()
+    parts = [
+        checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False) if recompute else chunk(h, t)
+        for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
+    ]
+    log_probs, entropy = zip(*parts)
+    return torch.cat(log_probs), torch.cat(entropy)

@@ -1,0 +1,112 @@
+"""Packing: ragged sequences as one row of tokens, and the way back to ``[B, T]`` response tensors.
+
+A packed row computes no padding: position ids restart at each sequence and ``cu_seqlens`` keeps attention inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Packed:
+    """Model input for ``S`` sequences of ``N`` tokens together, of which ``M`` positions predict a trained token.
+
+    Attributes:
+        input_ids: int64 ``[N]``.
+        position_ids: int64 ``[N]``, from 0 in each sequence.
+        cu_seqlens: int32 ``[S + 1]``, start of each sequence and ``N``.
+        predict: int64 ``[M]``, packed positions whose *next* token is trained on.
+        rows, columns: int64 ``[M]``, where in ``[B, T]`` each prediction belongs.
+        shape: ``(B, T)``.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    predict: Tensor
+    rows: Tensor
+    columns: Tensor
+    shape: tuple[int, int]
+
+    def to(self, device: torch.device) -> Packed:
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "shape"}
+        return Packed(shape=self.shape, **tensors)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Put ``[M]`` per-prediction values at their places in ``[B, T]``; the rest is 0. Differentiable."""
+        return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
+
+
+def pack(sequences: Sequence[Tensor], prompt_lengths: Tensor, response_mask: Tensor) -> Packed:
+    """Pack the sequences that have something to train on.
+
+    A row of ``response_mask`` that is all ``False`` costs nothing. If all rows are, the first sequence goes in without
+    predictions, so that a rank with nothing to train on still runs the forward and backward its peers wait for.
+
+    Args:
+        sequences: ``B`` int64 ``[L_i]`` tensors, prompt then response.
+        prompt_lengths: int64 ``[B]``.
+        response_mask: bool ``[B, T]``; column ``t`` of row ``i`` is token ``prompt_lengths[i] + t``.
+
+    Raises:
+        ValueError: a trained token at position 0 (no token before predicts it) or past the end of its sequence.
+    """
+    rows, columns = response_mask.nonzero(as_tuple=True)
+    used = torch.unique(rows).tolist() or [0]
+    device = response_mask.device
+    lengths = torch.tensor([len(sequences[row]) for row in used], device=device)
+    starts = lengths.cumsum(0) - lengths
+    start_of_row = torch.zeros(len(sequences), dtype=torch.int64, device=device)
+    start_of_row[used] = starts
+    end_of_row = torch.zeros_like(start_of_row)
+    end_of_row[used] = lengths
+    token = prompt_lengths.to(device)[rows] + columns
+    if bool((token < 1).any()) or bool((token >= end_of_row[rows]).any()):
+        raise ValueError("A trained token lies outside its sequence or has no token before it; prompts need a token.")
+    return Packed(
+        input_ids=torch.cat([sequences[row] for row in used]),
+        position_ids=torch.cat([torch.arange(len(sequences[row]), device=device) for row in used]),
+        cu_seqlens=torch.cat([starts, starts[-1:] + lengths[-1:]]).to(torch.int32),
+        predict=start_of_row[rows] + token - 1,
+        rows=rows,
+        columns=columns,
+        shape=(len(sequences), response_mask.shape[1]),
+    )
+
+
+def pad(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed ``[N, ...]`` as right-padded ``[S, L, ...]`` with zeros, and the bool mask ``[S, L]`` of what is real."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
+    mask = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
+    padded = values.new_zeros(*mask.shape, *values.shape[1:])
+    padded[mask] = values
+    return padded, mask
+
+
+def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Share sequences out to as few micro-batches as the token budget allows, longest first to the emptiest.
+
+    Args:
+        lengths: tokens of each sequence.
+        budget: most tokens in a micro-batch; a single longer sequence gets a micro-batch of its own.
+
+    Returns:
+        Row indices of each micro-batch, ascending within it; deterministic.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    count = max(1, -(-sum(lengths) // budget))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = [0] * count
+        for row in order:
+            emptiest = min(range(count), key=loads.__getitem__)
+            bins[emptiest].append(row)
+            loads[emptiest] += lengths[row]
+        if all(load <= budget or len(rows) == 1 for load, rows in zip(loads, bins)):
+            return [sorted(rows) for rows in bins if rows]
+        count += 1

@@ -1,0 +1,55 @@
+"""The one surface by which the loop reaches a sharding strategy: no other module asks which strategy runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Sharding:
+    """How models, optimizers and their state lie over ranks.
+
+    Args:
+        fabric: launched.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric = fabric
+
+    def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+        """Prepare a trained module and its optimizer; returns the pair to call and to step."""
+        raise NotImplementedError
+
+    def setup_frozen(self, module: nn.Module) -> Any:
+        """Prepare a module that is only evaluated; returns what to call."""
+        raise NotImplementedError
+
+    def accumulate(self, module: Any, last: bool) -> AbstractContextManager[None]:
+        """Around one micro-batch's forward and backward; gradients are reduced over ranks in the ``last`` one."""
+        raise NotImplementedError
+
+    def step(self, module: Any, optimizer: Any, clip_norm: float | None) -> float:
+        """Clip and step, or skip both where the gradient norm is not finite. Zeroes the gradients.
+
+        Returns:
+            the global gradient norm before clipping; not finite when the step was skipped.
+        """
+        raise NotImplementedError
+
+    def full_params(self, parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Names with whole, unsharded tensors, one at a time; every rank must exhaust it."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
+        """Write weights and optimizer state into ``folder``, on all ranks together."""
+        raise NotImplementedError
+
+    def load(self, folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
+        """Read what :meth:`save` wrote; ``optimizer=None`` reads the weights alone."""
+        raise NotImplementedError

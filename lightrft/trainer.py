@@ -1,0 +1,464 @@
+"""RFTTrainer: reinforcement fine-tuning as a Fabric loop of named phases, with everything else in callbacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.fabric import Fabric
+from lightning.fabric.accelerators import Accelerator
+from lightning.fabric.loggers import CSVLogger, Logger
+from lightning.fabric.strategies import Strategy
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+
+from lightrft import checkpoint
+from lightrft.analysis import Metrics, add_rollout_metrics
+from lightrft.callback import (
+    CheckpointCallback,
+    Phase,
+    RFTCallback,
+    RolloutCallback,
+    check_hook_names,
+    the_one,
+)
+from lightrft.data import PromptData
+from lightrft.interrupts import StopRequest
+from lightrft.learner import Learner
+from lightrft.module import RFTModule
+from lightrft.random_state import random_state, set_random_state
+from lightrft.samples import Batch, Prompt, Rollout, Sampling
+from lightrft.strategies import check_strategy
+
+_NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for example:
+  callbacks:
+    - class_path: lightrft.callbacks.Rollout
+      init_args:
+        engine: {class_path: lightrft.engines.TransformersEngine}
+    - class_path: lightrft.callbacks.WeightSync"""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: the next phase to run, and how often the weights changed."""
+
+    iteration: int = 0
+    phase: Phase = "rollout"
+    update: int = 0
+    weight_version: int = 0
+
+
+class RFTTrainer:
+    """Runs iterations of rollout, scoring, advantages and updates.
+
+    Args:
+        accelerator, strategy, devices, num_nodes, precision: as for :class:`lightning.fabric.Fabric`; strategies are
+            ``auto`` and ``ddp``.
+        callbacks: subclasses of :class:`~lightrft.callback.RFTCallback`; exactly one must be a ``RolloutCallback``.
+        logger: where metrics go; ``None`` is a ``metrics.csv`` under ``default_root_dir``, an empty list is nowhere.
+        default_root_dir: folder of the run's artefacts.
+        max_iterations: iterations of the whole run, resumed parts included.
+        prompts_per_iteration: prompts a rollout, over all ranks.
+        samples_per_prompt: responses to each prompt: the group.
+        responses_per_update: responses an optimizer step, over all ranks; ``None`` is the whole rollout.
+        epochs_per_iteration: passes over a rollout.
+        tokens_per_microbatch: most tokens (prompt and response) in one forward of one rank; accumulation follows.
+        gradient_clip_val: largest norm of the whole gradient; ``None`` does not clip.
+        limit_val_prompts: validate on the first so many prompts; ``None`` is all.
+        fast_dev_run: one iteration, no logger, no checkpoints: does the configuration run?
+        seed: of the whole run; ``None`` takes ``seed_everything``'s, else 0.
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown strategy, callbacks that do not fit; says what to set.
+    """
+
+    def __init__(
+        self,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: int | str | list[int] = "auto",
+        num_nodes: int = 1,
+        precision: str = "32-true",
+        callbacks: list[RFTCallback] | None = None,
+        logger: Logger | list[Logger] | None = None,
+        default_root_dir: str = "runs",
+        max_iterations: int = 100,
+        prompts_per_iteration: int = 64,
+        samples_per_prompt: int = 8,
+        responses_per_update: int | None = None,
+        epochs_per_iteration: int = 1,
+        tokens_per_microbatch: int = 16384,
+        gradient_clip_val: float | None = 1.0,
+        limit_val_prompts: int | None = None,
+        fast_dev_run: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        check_strategy(strategy)
+        self.callbacks = list(callbacks or [])
+        for callback in self.callbacks:
+            check_hook_names(callback)
+        if the_one(self.callbacks, RolloutCallback) is None:
+            raise ValueError(_NO_ROLLOUT)
+        self.default_root_dir = Path(default_root_dir)
+        self.max_iterations = 1 if fast_dev_run else max_iterations
+        self.prompts_per_iteration = prompts_per_iteration
+        self.samples_per_prompt = samples_per_prompt
+        self.responses_per_update = responses_per_update or prompts_per_iteration * samples_per_prompt
+        self.epochs_per_iteration = epochs_per_iteration
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.gradient_clip_val = gradient_clip_val
+        self.limit_val_prompts = limit_val_prompts
+        self.fast_dev_run = fast_dev_run
+        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._check_sizes()
+        if logger is None:
+            logger = CSVLogger(self.default_root_dir, name="", flush_logs_every_n_steps=1)
+        loggers = [logger] if isinstance(logger, Logger) else logger
+        self.fabric = Fabric(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=cast(Any, precision),
+            loggers=[] if fast_dev_run else loggers,
+        )
+        self.progress = Progress()
+        self.callback_metrics: dict[str, float] = {}
+        self.should_stop = False
+
+    # --- what callbacks look up --------------------------------------------------------------------------------------
+
+    @property
+    def rollout(self) -> RolloutCallback:
+        """The callback that generates."""
+        return cast(RolloutCallback, the_one(self.callbacks, RolloutCallback))
+
+    @property
+    def checkpoint_callback(self) -> CheckpointCallback | None:
+        """The callback that saves, if there is one."""
+        return cast("CheckpointCallback | None", the_one(self.callbacks, CheckpointCallback))
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Optimizer steps an iteration."""
+        responses = self.prompts_per_iteration * self.samples_per_prompt
+        return responses // self.responses_per_update * self.epochs_per_iteration
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.fabric.is_global_zero
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.fabric.strategy
+
+    @property
+    def loggers(self) -> list[Logger]:
+        return self.fabric.loggers
+
+    @property
+    def log_dir(self) -> str:
+        """Folder of this run's artefacts, the same on every rank."""
+        if not hasattr(self, "_log_dir"):
+            own = next((logger.log_dir for logger in self.loggers if getattr(logger, "log_dir", None)), None)
+            self._log_dir = self.fabric.broadcast(str(own or self.default_root_dir))
+        return self._log_dir
+
+    def log(self, name: str, value: float) -> None:
+        """Put a number (the same on every rank) into this iteration's row."""
+        self.callback_metrics[name] = float(value)
+
+    def call(self, hook: str, **arguments: Any) -> None:
+        """Announce a moment to every callback, in the order of the list."""
+        if not hasattr(RFTCallback, hook):
+            raise AttributeError(f"{hook!r} is no hook of RFTCallback; declare it there first.")
+        for callback in self.callbacks:
+            # Lightning's own callbacks (the CLI's SaveConfigCallback) do not declare our new hooks.
+            if (method := getattr(callback, hook, None)) is not None:
+                method(trainer=self, pl_module=self.model, **arguments)
+
+    # --- entry points ------------------------------------------------------------------------------------------------
+
+    def fit(self, model: RFTModule, datamodule: PromptData, ckpt_path: str | None = None) -> None:
+        """Train until ``max_iterations``.
+
+        Args:
+            model: joins actor, algorithm and rewards.
+            datamodule: prompts.
+            ckpt_path: a checkpoint folder to resume from exactly, or ``last`` for the newest under
+                ``default_root_dir``.
+
+        Raises:
+            ValueError: the configuration cannot work; raised before any training.
+            SystemExit: stopped by SIGINT or SIGTERM, after a checkpoint at the next boundary.
+        """
+        with self._running(model, datamodule, "fit", ckpt_path), StopRequest() as stop:
+            self._stop = stop
+            self.call("on_fit_start")
+            while self.progress.iteration < self.max_iterations and not self.should_stop:
+                self._iteration()
+            if not stop.signum:
+                self.call("on_fit_end")
+        if stop.signum:
+            raise SystemExit(128 + stop.signum)
+
+    def validate(
+        self,
+        model: RFTModule,
+        datamodule: PromptData,
+        ckpt_path: str | None = None,
+        samples_per_prompt: int = 1,
+        temperature: float = 0.0,
+    ) -> dict[str, float]:
+        """Score responses to the validation prompts.
+
+        Args:
+            model, datamodule, ckpt_path: as in :meth:`fit`.
+            samples_per_prompt: responses to each prompt.
+            temperature: of their sampling; 0 is greedy.
+
+        Returns:
+            metrics, names beginning with ``val/``.
+        """
+        with self._running(model, datamodule, "validate", ckpt_path):
+            metrics = self.evaluate(samples_per_prompt, temperature)
+            self.fabric.log_dict(metrics, step=self.progress.iteration)
+            for name, value in metrics.items():
+                rank_zero_info(f"{name:40s} {value:.4f}")
+        return metrics
+
+    @contextmanager
+    def _running(self, model: RFTModule, datamodule: PromptData, stage: str, ckpt_path: str | None) -> Iterator[None]:
+        self.model, self.datamodule = model, datamodule
+        self.samples: Rollout | None = None
+        self.batch: Batch | None = None
+        try:
+            self._set_up(stage, ckpt_path)
+            yield
+        except BaseException as error:
+            self.call("on_exception", exception=error)
+            raise
+        finally:
+            self.call("teardown", stage=stage)
+            for logger in self.loggers:
+                logger.finalize("finished")
+
+    def _set_up(self, stage: str, ckpt_path: str | None) -> None:
+        fabric = self.fabric
+        fabric.launch()
+        fabric.seed_everything(self.seed, workers=True, verbose=False)
+        self._check_world_size()
+        with fabric.init_module():
+            self.model.configure_model()
+        self.datamodule.attach(self.model.tokenizer, self.seed, fabric.global_rank, fabric.world_size)
+        self.datamodule.setup(stage)
+        self.model.check_labels(self.datamodule.labels())
+        self.learner = Learner(fabric, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
+        self.prompts = self.datamodule.train_dataloader() if stage == "fit" else None
+        for logger in self.loggers:
+            _ = logger.experiment  # a logger wants its folder before anything else writes there
+        self.call("setup", stage=stage)
+        if ckpt_path is not None:
+            folder = checkpoint.find(ckpt_path, self.default_root_dir)
+            checkpoint.load(folder, self, weights_only=stage != "fit")
+            rank_zero_info(f"Loaded {folder}")
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def _iteration(self) -> None:
+        """Run the phases that are still to be run in this iteration: all of them, unless a resume enters it midway."""
+        progress = self.progress
+        if progress.phase == "rollout":
+            self.callback_metrics = {}
+            self.call("on_iteration_start")
+            self._phase("rollout", self._roll_out, then="score")
+        if progress.phase == "score":
+            self._phase("score", self._score, then="advantages")
+        if progress.phase == "advantages":
+            self._phase("advantages", self._prepare, then="update")
+        while progress.phase == "update" and not self.should_stop:
+            last = progress.update + 1 == self.updates_per_iteration
+            self._phase("update", self._update, then="iteration" if last else "update")
+        if progress.phase == "iteration":
+            self._phase("iteration", self._end_iteration, then="rollout")
+
+    def _phase(self, name: Phase, work: Any, then: Phase) -> None:
+        if self.should_stop:
+            return
+        self.call("on_phase_start", phase=name)
+        work()
+        self.progress.phase = then
+        self.call("on_phase_end", phase=name)
+        self._stop_if_asked()
+
+    def _roll_out(self) -> None:
+        # Taken one update's share at a time, so that an update sees the same responses on any number of ranks.
+        shares = self.updates_per_iteration // self.epochs_per_iteration
+        prompts = [p for _ in range(shares) for p in self.prompts.take(self.prompts_per_iteration // shares)]
+        self.call("on_rollout_start", prompts=prompts)
+        self.samples = self._generate(prompts, self.samples_per_prompt, self.rollout.sampling, self.progress.iteration)
+        self.call("on_rollout_end", rollout=self.samples)
+
+    def _generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, iteration: int) -> Rollout:
+        self.call("on_engine_wake", part="weights")
+        self.call("on_weight_sync")
+        self.call("on_engine_wake", part="cache")
+        self.call("on_engine_ready")
+        rollout = self.rollout.generate(
+            prompts, samples_per_prompt=samples, run_seed=self.seed, iteration=iteration, sampling=sampling
+        )
+        self.call("on_engine_sleep")
+        return rollout
+
+    def _score(self) -> None:
+        rollout = cast(Rollout, self.samples)
+        self.callback_metrics |= self._scored(rollout)
+        self.call("on_score_end", rollout=rollout)
+
+    def _scored(self, rollout: Rollout, prefix: str = "") -> dict[str, float]:
+        """Score in place; counters and statistics over all ranks."""
+        metrics = Metrics(self.fabric.device)
+        for name, count in self.model.scorer.score(rollout).items():
+            # A mean over ranks times their number is the sum over ranks.
+            metrics.mean(f"{prefix}scoring/{name}", float(count) * self.fabric.world_size)
+        add_rollout_metrics(metrics, rollout, prefix)
+        return metrics.compute()
+
+    def _prepare(self) -> None:
+        self.batch = Batch.from_rollout(cast(Rollout, self.samples))
+        self.learner.prepare(self.batch, self.rollout.sampling.temperature)
+        metrics = Metrics(self.fabric.device)
+        metrics.mean_and_std("advantage", self.batch.advantages[self.batch.response_mask])
+        self.callback_metrics |= metrics.compute()
+        self.call("on_advantages_end", batch=self.batch)
+
+    def _update(self) -> None:
+        batch = cast(Batch, self.batch)
+        size = self.responses_per_update // self.fabric.world_size
+        start = self.progress.update * size % len(batch)
+        part = batch.select(range(start, start + size))
+        self.call("on_update_start", batch=part)
+        sampling = self.rollout.sampling
+        outputs = self.learner.update(part, sampling.temperature, sampling.max_new_tokens)
+        if not outputs["skipped_updates"]:
+            self.progress.weight_version += 1
+        self.progress.update += 1
+        self._add_update_metrics(outputs)
+        self.call("on_update_end", outputs=outputs)
+
+    def _add_update_metrics(self, outputs: dict[str, float]) -> None:
+        """The row shows the mean over the iteration's updates; what is counted is summed."""
+        done = self.progress.update
+        for name, value in outputs.items():
+            before = self.callback_metrics.get(name, 0.0)
+            counted = name in ("skipped_updates", "responses", "tokens")
+            self.callback_metrics[name] = before + (value if counted else (value - before) / done)
+
+    def _end_iteration(self) -> None:
+        self.progress.update = 0
+        self.progress.iteration += 1
+        self.call("on_iteration_end")
+        self.fabric.log_dict(self.callback_metrics, step=self.progress.iteration)
+        self.samples = self.batch = None
+
+    def evaluate(self, samples_per_prompt: int = 1, temperature: float = 0.0) -> dict[str, float]:
+        """Sample and score the validation prompts with the current weights.
+
+        The same seeds at every call, so that two evaluations differ by the weights alone.
+
+        Returns:
+            metrics over all ranks, ``val/`` and, with several sources, ``val/<source>/``.
+
+        Raises:
+            ValueError: the data module has no validation prompts.
+        """
+        prompts = self._validation_prompts()
+        self.call("on_validation_start")
+        sampling = dataclasses.replace(self.rollout.sampling, temperature=temperature)
+        rollout = self._generate(prompts, samples_per_prompt, sampling, iteration=-1)
+        metrics = self._scored(rollout, "val/")
+        self.call("on_validation_rollout", rollout=rollout)
+        self.call("on_validation_end")
+        return metrics
+
+    def _validation_prompts(self) -> list[Prompt]:
+        prompts = list(self.datamodule.val_dataloader())
+        if not prompts and self.is_global_zero:
+            raise ValueError("Validation was asked for, but data.val names no source.")
+        if self.limit_val_prompts is not None:
+            ranks = self.fabric.world_size
+            prompts = prompts[: math.ceil((self.limit_val_prompts - self.fabric.global_rank) / ranks)]
+        return prompts
+
+    def _stop_if_asked(self) -> None:
+        if not (signum := self._stop.agreed(self.fabric)):
+            return
+        self._stop.signum = signum
+        self.should_stop = True
+        saved = self.checkpoint_callback.save(self) if self.checkpoint_callback else None
+        rank_zero_info(f"Stopped. Resume with --ckpt_path {saved}" if saved else "Stopped; no checkpoint callback.")
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything this rank needs besides weights and optimizer to go on exactly from a phase boundary."""
+        return {
+            "progress": dataclasses.asdict(self.progress),
+            "run": self._identity(),
+            "metrics": dict(self.callback_metrics),
+            "samples": self.samples.state_dict() if self.samples else None,
+            "batch": self.batch.state_dict() if self.batch else None,
+            "prompts": self.prompts.state_dict(),
+            "scheduler": self.learner.scheduler.state_dict() if self.learner.scheduler else None,
+            "callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks},
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the run it came from has another seed, other sizes, or another number of ranks.
+        """
+        for name, was in state["run"].items():
+            if (now := self._identity()[name]) != was:
+                raise ValueError(f"The checkpoint was written with {name}={was}, this run has {now}; set it back.")
+        self.progress = Progress(**state["progress"])
+        self.callback_metrics = dict(state["metrics"])
+        self.samples = Rollout.from_state_dict(state["samples"]) if state["samples"] else None
+        self.batch = Batch.from_state_dict(state["batch"]) if state["batch"] else None
+        self.prompts.load_state_dict(state["prompts"])
+        if self.learner.scheduler:
+            self.learner.scheduler.load_state_dict(state["scheduler"])
+        for callback in self.callbacks:
+            if callback.state_key in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][callback.state_key])
+        set_random_state(state["random"])
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("seed", "prompts_per_iteration", "samples_per_prompt", "responses_per_update", "epochs_per_iteration")
+        return {name: getattr(self, name) for name in names} | {"ranks": self.fabric.world_size}
+
+    def _check_sizes(self) -> None:
+        sizes = ("max_iterations", "prompts_per_iteration", "samples_per_prompt", "responses_per_update")
+        for name in (*sizes, "epochs_per_iteration", "tokens_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1.")
+        total = self.prompts_per_iteration * self.samples_per_prompt
+        if total % self.responses_per_update or self.responses_per_update % self.samples_per_prompt:
+            raise ValueError(
+                f"trainer.responses_per_update={self.responses_per_update} must divide prompts_per_iteration * "
+                f"samples_per_prompt = {total} and be a multiple of samples_per_prompt={self.samples_per_prompt}."
+            )
+
+    def _check_world_size(self) -> None:
+        prompts, ranks = self.responses_per_update // self.samples_per_prompt, self.fabric.world_size
+        if prompts % ranks:
+            raise ValueError(
+                f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
+                f"{ranks} ranks; make it a multiple of {ranks}."
+            )

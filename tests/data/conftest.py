@@ -1,0 +1,51 @@
+"""Tokenizers and files small enough to see every token and record."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% else %}{{ '{' ~ part.type ~ '}' }}{% endif %}{% endfor %}{% endif %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and no network: whatever connects fails."""
+    import datasets
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("local data must not touch the network")
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_tokenizer: Any) -> Any:
+    """One token a character, with a chat template whose turns end with ``<eos>`` and a line break."""
+    tiny_tokenizer.chat_template = TEMPLATE
+    return tiny_tokenizer
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Write records as a JSON Lines or JSON file; returns its path."""
+
+    def write_records(records: list[Any], name: str = "records.jsonl") -> str:
+        path = tmp_path / name
+        lines = "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records)
+        path.write_text(json.dumps(records) if name.endswith(".json") else lines)
+        return str(path)
+
+    return write_records

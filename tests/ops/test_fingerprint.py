@@ -1,0 +1,85 @@
+"""Fingerprints of tensors."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightrft.ops.fingerprint import fingerprint
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int64]
+
+
+def sample(dtype: torch.dtype, numel: int = 300) -> torch.Tensor:
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    return (values * (1 if dtype.is_floating_point else 50)).to(dtype)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_single_bit_changes_the_checksum(dtype):
+    before = fingerprint(sample(dtype))
+    width = bits(sample(dtype)).element_size() * 8
+    for position in (0, 1, 150, 299):
+        for bit in range(width):
+            changed = sample(dtype)
+            view = bits(changed)
+            one = 1 << bit if bit < width - 1 or dtype.itemsize == 1 else -(1 << bit)
+            view[position] ^= torch.tensor(one, dtype=view.dtype)
+            assert fingerprint(changed).checksum != before.checksum
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_swap_of_two_values_is_seen(dtype):
+    tensor = sample(dtype)
+    first = tensor[3].clone()
+    other = int((bits(tensor) != bits(tensor)[3]).nonzero()[-1])
+    tensor[3], tensor[other] = tensor[other].clone(), first
+    assert fingerprint(tensor) != fingerprint(sample(dtype))
+
+
+def test_negative_zero_is_not_zero():
+    assert fingerprint(torch.zeros(4)).checksum != fingerprint(-torch.zeros(4)).checksum
+
+
+def test_chunks_do_not_show(monkeypatch):
+    whole = fingerprint(sample(torch.bfloat16, 1000))
+    monkeypatch.setattr(importlib.import_module("lightrft.ops.fingerprint"), "_CHUNK", 64)
+    pieces = fingerprint(sample(torch.bfloat16, 1000))
+    assert (pieces.checksum, pieces.numel) == (whole.checksum, whole.numel)
+    assert pieces.projection == pytest.approx(whole.projection)
+
+
+def test_strides_and_gradients_do_not_matter_but_values_by_position_do():
+    matrix = torch.arange(12.0).view(3, 4)
+    assert fingerprint(matrix.t()) == fingerprint(matrix.t().contiguous())
+    assert fingerprint(matrix.t()) != fingerprint(matrix)
+    assert fingerprint(matrix.clone().requires_grad_()) == fingerprint(matrix)
+
+
+@given(st.floats(1e-6, 1e3), st.integers(0, 299))
+def test_the_difference_measures_a_change_of_one_value(change, position):
+    tensor = sample(torch.float64)
+    before = fingerprint(tensor)
+    tensor[position] += change
+    difference = before.difference(fingerprint(tensor))
+    assert 0 < difference <= change * (1 + 1e-6) + 1e-9
+    assert before.difference(before) == 0
+
+
+def test_empty_scalar_and_not_a_number_have_fingerprints():
+    assert fingerprint(torch.zeros(0)) == (0, 0.0, 0)
+    assert fingerprint(torch.tensor(2.5)).numel == 1
+    assert fingerprint(torch.tensor([torch.nan])).checksum == fingerprint(torch.tensor([torch.nan])).checksum
+
+
+def test_the_numbers_are_the_same_in_every_process_and_version():
+    print_ = fingerprint(torch.arange(-8, 8, dtype=torch.float32))
+    assert print_.checksum == 9229807517679222784
