@@ -63,10 +63,19 @@ class Throughput(RFTCallback):
             trainer.log(f"memory/{phase}_peak_gib", self._peaks[phase] / 2**30)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "tokens": self.tokens}
+        return {
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "phases": dict(self._phases),
+            "peaks": dict(self._peaks),
+            "sampled": self._sampled,
+            "trained": self._trained,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
+        self._phases, self._peaks = dict(state_dict["phases"]), dict(state_dict["peaks"])
+        self._sampled, self._trained = state_dict["sampled"], state_dict["trained"]
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -98,7 +98,8 @@ class RFTTrainer:
         seed: int | None = None,
     ) -> None:
         check_strategy(strategy)
-        self.callbacks = list(callbacks or [])
+        # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
+        self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
         for callback in self.callbacks:
             check_hook_names(callback)
         if the_one(self.callbacks, RolloutCallback) is None:

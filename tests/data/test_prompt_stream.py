@@ -110,7 +110,9 @@ def test_the_order_is_the_same_in_every_process_and_version() -> None:
 
 def test_prompts_that_do_not_divide_among_the_ranks_are_refused_and_nothing_is_drawn() -> None:
     stream = PromptStream(SETS, rank=1, world_size=4)
-    with pytest.raises(ValueError, match=r"^6 prompts cannot be divided evenly among 4 ranks; take a multiple of it\.$"):
+    with pytest.raises(
+        ValueError, match=r"^6 prompts cannot be divided evenly among 4 ranks; take a multiple of it\.$"
+    ):
         stream.take(6)
     with pytest.raises(ValueError, match="-4 prompts"):
         stream.take(-4)

@@ -163,7 +163,13 @@ def test_a_kind_of_media_that_is_switched_off_is_ordinary_text() -> None:
 def test_media_are_references_in_order_and_paths_beside_the_data_come_first(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     (tmp_path / "b.png").touch()
-    images = ["a.png", {"bytes": b"raw", "path": None}, {"bytes": None, "path": str(tmp_path / "b.png")}, "data:,x", b"y"]
+    images = [
+        "a.png",
+        {"bytes": b"raw", "path": None},
+        {"bytes": None, "path": str(tmp_path / "b.png")},
+        "data:,x",
+        b"y",
+    ]
     raw = {"input": "<image>" * 5, "images": images}
     expected = (str(tmp_path / "a.png"), b"raw", str(tmp_path / "b.png"), "data:,x", b"y")
     assert read(raw, tmp_path).media.images == expected

@@ -91,8 +91,8 @@ def test_what_is_not_there_is_one_sentence(path: str) -> None:
         Source(path).load()
 
 
-def test_a_hub_id_that_cannot_be_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match="^nobody/nothing is neither a local path nor a Hugging Face data set"):
+def test_a_hub_id_that_cannot_be_reached_says_so() -> None:
+    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing is neither a local path nor a Hugging Face data set"):
         Source("nobody/nothing").load()
 
 

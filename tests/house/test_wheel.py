@@ -31,21 +31,32 @@ def run(*command: str | Path, cwd: Path) -> str:
     return child.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy with the links that ``make install`` makes, which must not ship anything twice."""
-    tree = tmp_path_factory.mktemp("tree")
-    for folder in [*FOLDERS.values(), ROOT / "tests"]:
-        shutil.copytree(folder, tree / folder.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ["pyproject.toml", "README.md", "LICENSE"]:
-        shutil.copy(ROOT / file, tree)
-    for folder in PLUGINS.values():
-        link = tree / "lightrft" / folder.name
-        if not link.is_symlink():
-            link.symlink_to(Path("..", folder.name))
+def build(tree: Path) -> Path:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=tree)
     (built,) = (tree / "dist").glob("*.whl")
     return built
+
+
+def contents(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source as git holds it: without the links to the plug-in folders that ``make install`` makes."""
+    copy = tmp_path_factory.mktemp("tree")
+    for folder in [*FOLDERS.values(), ROOT / "tests"]:
+        links = [inner.name for inner in folder.iterdir() if inner.is_symlink()]
+        shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns(*links, "__pycache__"))
+    for file in ["pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / file, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    return build(tree)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +77,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_three_folders_under_its_name_and_nothing_else(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    assert sorted(names) == sorted(shipped_files())
+    assert contents(wheel) == sorted(shipped_files())
+
+
+def test_the_links_for_editors_change_nothing_in_the_wheel(tree, tmp_path):
+    linked = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("build", "dist", "*.egg-info"))
+    for folder in PLUGINS.values():
+        (linked / "lightrft" / folder.name).symlink_to(Path("..", folder.name))
+    assert contents(build(linked)) == sorted(shipped_files())
 
 
 def test_the_wheel_carries_its_licence(wheel):

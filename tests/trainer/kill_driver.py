@@ -1,0 +1,116 @@
+"""Runs, kills and resumes a tiny run at every phase boundary, each in a process of its own; prints what differed.
+
+One parent imports everything once and forks; with one thread and no engine of its own a fork is safe here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tiny_run
+import torch
+
+from lightrft.callback import RFTCallback
+from lightrft.callbacks import RFTCheckpoint
+
+torch.set_num_threads(1)
+BOUNDARIES = 18  # three iterations of rollout, score, advantages, two updates, end
+
+
+class KillAfterSaving(RFTCheckpoint):
+    """SIGKILL when the checkpoint of the n-th boundary is written."""
+
+    def __init__(self, boundary: int) -> None:
+        super().__init__(every_n_iterations=1, at="phase")
+        self.boundary = boundary
+
+    def on_phase_end(self, trainer: Any, pl_module: Any, phase: str) -> None:
+        super().on_phase_end(trainer, pl_module, phase)
+        self.boundary -= 1
+        if self.boundary == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillBeforeSaving(KillAfterSaving):
+    """SIGKILL at the n-th boundary, its checkpoint written but not yet under its final name."""
+
+    def save(self, trainer: Any) -> Path:
+        if self.boundary == 1:
+            with mock.patch.object(Path, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+                return super().save(trainer)
+        return super().save(trainer)
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run in a child; its exit status."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(inputs: Path, root: Path, callbacks: list[RFTCallback], ckpt_path: str | None = None) -> None:
+    trainer = tiny_run.trainer(root, callbacks)
+    trainer.fit(tiny_run.module(inputs), tiny_run.data(inputs), ckpt_path)
+
+
+def final_state(root: Path) -> dict[str, Any]:
+    """Weights, optimizer and loop of the last checkpoint, but for how long things took."""
+    folder = max(root.glob("version_*/checkpoints/iteration-000003"), key=lambda path: path.stat().st_mtime_ns)
+    state = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+    loop = state["rank-0.pt"]
+    loop["metrics"] = {k: v for k, v in loop["metrics"].items() if not k.startswith(tiny_run.TIMINGS)}
+    for timing in ("seconds", "phases", "peaks"):
+        loop["callbacks"]["Throughput"].pop(timing)
+    return state
+
+
+def merged(root: Path) -> tuple[dict[int, Any], dict[str, str]]:
+    """Metric rows and trajectories of the killed run and its resumption; the later one wins."""
+    rows: dict[int, Any] = {}
+    texts: dict[str, str] = {}
+    for version in sorted(root.glob("version_*")):
+        if (version / "metrics.csv").exists():
+            rows |= tiny_run.rows(version)
+        if (version / "trajectories").exists():
+            texts |= tiny_run.trajectories(version)
+    return rows, texts
+
+
+def compare(base: Path, root: Path) -> list[str]:
+    different = tiny_run.differences(final_state(base), final_state(root))
+    for mine, theirs in zip(merged(base), merged(root)):
+        different += tiny_run.differences(mine, theirs)
+    return different
+
+
+def main() -> None:
+    inputs = Path(sys.argv[1])
+    assert forked(lambda: run(inputs, inputs / "base", [tiny_run.checkpoints(at="phase")])) == 0
+    assert forked(lambda: run(inputs, inputs / "again", [tiny_run.checkpoints(at="phase")])) == 0
+    report = {"determinism": compare(inputs / "base", inputs / "again")}
+    cases = [(KillAfterSaving, n) for n in range(1, BOUNDARIES)] + [(KillBeforeSaving, n) for n in (2, 5, 6, 11)]
+    for kind, boundary in cases:
+        name = f"{kind.__name__}-{boundary}"
+        killed = forked(partial(run, inputs, inputs / name, [kind(boundary)]))
+        assert killed == -signal.SIGKILL, f"{name}: exit {killed}"
+        resumed = forked(partial(run, inputs, inputs / name, [tiny_run.checkpoints()], "last"))
+        report[name] = compare(inputs / "base", inputs / name) if resumed == 0 else [f"exit {resumed}"]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""A whole run, small enough for tests: a two-layer Qwen2 on one-digit sums, in a folder of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lightrft.algorithms import Algorithm
+from lightrft.callback import RFTCallback
+from lightrft.callbacks import (
+    EngineSleepWake,
+    KLController,
+    RFTCheckpoint,
+    Rollout,
+    Throughput,
+    TrajectoryWriter,
+    Validation,
+    WeightSync,
+)
+from lightrft.data import PromptData, Source
+from lightrft.engines import TransformersEngine
+from lightrft.lightning_modules import ActorModule
+from lightrft.module import RFTModule
+from lightrft.samples import Sampling
+from lightrft.trainer import RFTTrainer
+
+CHARACTERS = ["<pad>", "<eos>", *"0123456789+="]
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": len(CHARACTERS),
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+TIMINGS = ("time/", "throughput/", "memory/")
+
+
+def write_inputs(folder: Path) -> Path:
+    """A tokenizer and sums: ``tokenizer/``, ``train.jsonl``, ``val.jsonl``."""
+    vocabulary = {token: index for index, token in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.save_pretrained(folder / "tokenizer")
+    sums = [{"input": f"{a}+{b}=", "reference": str(a + b), "label": "exact_match"} for a in range(6) for b in range(6)]
+    for name, part in {"train": sums[:30], "val": sums[30:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
+    return folder
+
+
+def actor(folder: Path, lr: float = 1e-2, **options: Any) -> ActorModule:
+    return ActorModule(
+        config=QWEN2,
+        tokenizer=str(folder / "tokenizer"),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
+        **options,
+    )
+
+
+def module(folder: Path, **options: Any) -> RFTModule:
+    # Rewards that differ within groups from the first step on: an untrained model is never right.
+    from lightrft.rewards import Component, FunctionReward, Scorer
+
+    scorer = Scorer(recipes={"exact_match": [Component(FunctionReward(shortness), name="shortness")]})
+    return RFTModule(actor(folder, **options), Algorithm(kl_coefficient=0.05), scorer)
+
+
+def shortness(item: Any) -> float:
+    """Fewer digits score higher; some responses of an untrained model do."""
+    return 1.0 / (1 + len(item.response)) + (item.response[:1] == (item.reference or "")[:1])
+
+
+def data(folder: Path) -> PromptData:
+    return PromptData(
+        train=[Source(path=str(folder / "train.jsonl"))], val=[Source(path=str(folder / "val.jsonl"))]
+    )
+
+
+def trainer(root: Path, callbacks: list[RFTCallback] | None = None, **options: Any) -> RFTTrainer:
+    """Three iterations of two updates; further callbacks come after the usual ones."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "default_root_dir": str(root),
+        "max_iterations": 3,
+        "prompts_per_iteration": 4,
+        "samples_per_prompt": 4,
+        "responses_per_update": 8,
+        "tokens_per_microbatch": 40,
+        **options,
+    }
+    usual: list[RFTCallback] = [
+        Rollout(TransformersEngine(), Sampling(max_new_tokens=5)),
+        WeightSync(),
+        EngineSleepWake(),
+        Throughput(),
+        KLController(target=0.05, horizon=200),
+        Validation(every_n_iterations=2),
+        TrajectoryWriter(token_ids=True),
+    ]
+    return RFTTrainer(callbacks=usual + (callbacks or []), **settings)
+
+
+def checkpoints(**options: Any) -> RFTCheckpoint:
+    return RFTCheckpoint(**{"every_n_iterations": 1, **options})
+
+
+def rows(log_dir: str | Path) -> dict[int, dict[str, str]]:
+    """``metrics.csv`` by step, timings left out, empty cells too."""
+    with (Path(log_dir) / "metrics.csv").open() as file:
+        return {
+            int(row["step"]): {k: v for k, v in row.items() if v != "" and not k.startswith(TIMINGS)}
+            for row in csv.DictReader(file)
+        }
+
+
+def trajectories(log_dir: str | Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((Path(log_dir) / "trajectories").iterdir())}
+
+
+def flat(state: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts, lists and tuples by path."""
+    if isinstance(state, dict):
+        items = state.items()
+    elif isinstance(state, (list, tuple)):
+        items = enumerate(state)  # type: ignore[assignment]
+    else:
+        return {prefix: state}
+    return {path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()}
+
+
+def differences(left: Any, right: Any) -> list[str]:
+    """Paths at which two states differ by any bit."""
+    a, b = flat(left), flat(right)
+
+    def same(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else bool(x == y)
+
+    return sorted(a.keys() ^ b.keys()) + [path for path in a.keys() & b.keys() if not same(a[path], b[path])]
