@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,6 @@ class ActorModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.language_model: nn.Module | None = None
-        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.mean_loss = MeanMetric()
 
     # --- the model ---------------------------------------------------------------------------------------------------
@@ -86,7 +86,6 @@ class ActorModule(LightningModule):
             return
         packed_attention.register()
         attention = packed_attention.PACKED_ATTENTION if self.packing else "sdpa"
-        self.tokenizer = pretrained.load_tokenizer(self.tokenizer_name)
         model = pretrained.load_model(self.name_or_path, self.model_config, attention)
         vocabulary = model.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > vocabulary:
@@ -98,6 +97,11 @@ class ActorModule(LightningModule):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.language_model = model if self.lora is None else pretrained.add_lora(model, self.lora)
         self._check_against_plain_forward()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loaded when first asked for: a LightningDataModule asks before the weights are there."""
+        return pretrained.load_tokenizer(self.tokenizer_name)
 
     @property
     def transformer(self) -> PreTrainedModel:
@@ -117,7 +121,6 @@ class ActorModule(LightningModule):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights (adapters merged), configuration, tokenizer."""
-        assert self.tokenizer is not None, "configure_model() loads the tokenizer"
         pretrained.save_pretrained(self.transformer, self.tokenizer, folder)
 
     # --- log-probs of packed sequences -------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ class RFTCallback(pl.Callback):
 
     ``on_phase_end`` is a boundary: the trainer's state is complete there, so a checkpoint taken in it resumes exactly.
     Inherited from Lightning: ``setup`` (processes exist, modules are placed), ``on_fit_start``, ``on_fit_end``,
-    ``on_validation_start``, ``on_validation_end``, ``on_save_checkpoint``, ``on_load_checkpoint``, ``on_exception``,
-    ``teardown``; ``state_dict`` and ``load_state_dict`` (tensors, numbers, strings, lists and dicts of these).
+    ``on_validation_start``, ``on_validation_end``, ``on_exception``, ``teardown``; ``state_dict`` and
+    ``load_state_dict`` (tensors, numbers, strings, lists and dicts of these). Lightning's other hooks are never called.
     """
 
     def on_iteration_start(self, trainer: RFTTrainer, pl_module: RFTModule) -> None:
@@ -125,17 +125,36 @@ class CheckpointCallback(RFTCallback):
         raise NotImplementedError
 
 
-def check_hook_names(callback: pl.Callback) -> None:
-    """Refuse a method called like a hook that no trainer ever calls: a typing error would stay silent.
+_INHERITED = ("on_fit_start", "on_fit_end", "on_validation_start", "on_validation_end", "on_exception")
+HOOKS = frozenset({"setup", "teardown", *_INHERITED, *(name for name in vars(RFTCallback) if name.startswith("on_"))})
+"""What :class:`~lightrft.trainer.RFTTrainer` calls."""
+
+
+def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
+    """Refuse what would stay silent: a hook that is never called, and state of which a checkpoint keeps one alone.
 
     Raises:
-        ValueError: names the method and the closest hook.
+        ValueError: names the method and the closest hook, or the class that is listed twice.
     """
-    for name in dir(type(callback)):
-        if name.startswith("on_") and callable(getattr(type(callback), name)) and not hasattr(RFTCallback, name):
-            close = difflib.get_close_matches(name, dir(RFTCallback), n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
-            raise ValueError(f"{type(callback).__name__}.{name} is no hook of RFTCallback and would never be called{hint}")
+    for callback in callbacks:
+        _check_hook_names(type(callback))
+    keys = [one.state_key for one in callbacks if type(one).state_dict is not pl.Callback.state_dict]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(
+                f"trainer.callbacks lists {keys.count(key)} of {key}, whose states a checkpoint could not tell apart; "
+                "keep one, or give the class a state_key of its arguments."
+            )
+
+
+def _check_hook_names(kind: type) -> None:
+    for name in dir(kind):
+        own = callable(getattr(kind, name)) and getattr(kind, name) is not getattr(pl.Callback, name, None)
+        if name.startswith("on_") and own and name not in HOOKS:
+            # Lightning's own names lie close to its other ones, which mean another moment.
+            close = [] if hasattr(pl.Callback, name) else difflib.get_close_matches(name, sorted(HOOKS), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"hooks are {', '.join(sorted(HOOKS))}."
+            raise ValueError(f"{kind.__name__}.{name} is no hook of RFTCallback and would never be called; {hint}")
 
 
 def the_one(callbacks: Sequence[pl.Callback], kind: type) -> Any:

@@ -14,16 +14,17 @@ from lightning.fabric import Fabric
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.loggers import CSVLogger, Logger
 from lightning.fabric.strategies import Strategy
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightrft import checkpoint
 from lightrft.analysis import Metrics, add_rollout_metrics
 from lightrft.callback import (
+    HOOKS,
     CheckpointCallback,
     Phase,
     RFTCallback,
     RolloutCallback,
-    check_hook_names,
+    check_callbacks,
     the_one,
 )
 from lightrft.data import PromptData
@@ -69,7 +70,7 @@ class RFTTrainer:
         tokens_per_microbatch: most tokens (prompt and response) in one forward of one rank; accumulation follows.
         gradient_clip_val: largest norm of the whole gradient; ``None`` does not clip.
         limit_val_prompts: validate on the first so many prompts; ``None`` is all.
-        fast_dev_run: one iteration, no logger, no checkpoints: does the configuration run?
+        fast_dev_run: one iteration that writes nothing: does the configuration run?
         seed: of the whole run; ``None`` takes ``seed_everything``'s, else 0.
 
     Raises:
@@ -100,15 +101,16 @@ class RFTTrainer:
         check_strategy(strategy)
         # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
         self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
-        for callback in self.callbacks:
-            check_hook_names(callback)
+        check_callbacks(self.callbacks)
         if the_one(self.callbacks, RolloutCallback) is None:
             raise ValueError(_NO_ROLLOUT)
+        the_one(self.callbacks, CheckpointCallback)
         self.default_root_dir = Path(default_root_dir)
         self.max_iterations = 1 if fast_dev_run else max_iterations
         self.prompts_per_iteration = prompts_per_iteration
         self.samples_per_prompt = samples_per_prompt
-        self.responses_per_update = responses_per_update or prompts_per_iteration * samples_per_prompt
+        responses = prompts_per_iteration * samples_per_prompt
+        self.responses_per_update = responses_per_update if responses_per_update is not None else responses
         self.epochs_per_iteration = epochs_per_iteration
         self.tokens_per_microbatch = tokens_per_microbatch
         self.gradient_clip_val = gradient_clip_val
@@ -175,7 +177,7 @@ class RFTTrainer:
 
     def call(self, hook: str, **arguments: Any) -> None:
         """Announce a moment to every callback, in the order of the list."""
-        if not hasattr(RFTCallback, hook):
+        if hook not in HOOKS:
             raise AttributeError(f"{hook!r} is no hook of RFTCallback; declare it there first.")
         for callback in self.callbacks:
             # Lightning's own callbacks (the CLI's SaveConfigCallback) do not declare our new hooks.
@@ -224,7 +226,11 @@ class RFTTrainer:
 
         Returns:
             metrics, names beginning with ``val/``.
+
+        Raises:
+            ValueError: the configuration cannot work, or several greedy samples are asked for, which would be equal.
         """
+        check_validation_sampling(samples_per_prompt, temperature)
         with self._running(model, datamodule, "validate", ckpt_path):
             metrics = self.evaluate(samples_per_prompt, temperature)
             self.fabric.log_dict(metrics, step=self.progress.iteration)
@@ -237,16 +243,32 @@ class RFTTrainer:
         self.model, self.datamodule = model, datamodule
         self.samples: Rollout | None = None
         self.batch: Batch | None = None
+        failure: BaseException | None = None
         try:
             self._set_up(stage, ckpt_path)
             yield
         except BaseException as error:
-            self.call("on_exception", exception=error)
+            failure = error
+            self._wind_up("on_exception", exception=error)
             raise
         finally:
-            self.call("teardown", stage=stage)
+            again = self._wind_up("teardown", stage=stage)
+            self.model.scorer.close()
             for logger in self.loggers:
-                logger.finalize("finished")
+                logger.finalize("failed" if failure else "success")
+            if again and not failure:
+                raise again
+
+    def _wind_up(self, hook: str, **arguments: Any) -> Exception | None:
+        """As :meth:`call`, to every callback whichever raises; returns the first error, so that it hides no earlier one."""
+        first: Exception | None = None
+        for callback in self.callbacks:
+            try:
+                getattr(callback, hook)(trainer=self, pl_module=self.model, **arguments)
+            except Exception as error:
+                rank_zero_warn(f"{type(callback).__name__}.{hook} raised {type(error).__name__}: {error}")
+                first = first or error
+        return first
 
     def _set_up(self, stage: str, ckpt_path: str | None) -> None:
         fabric = self.fabric
@@ -266,6 +288,8 @@ class RFTTrainer:
         if ckpt_path is not None:
             folder = checkpoint.find(ckpt_path, self.default_root_dir)
             checkpoint.load(folder, self, weights_only=stage != "fit")
+            if stage == "fit" and self.checkpoint_callback is not None:
+                self.checkpoint_callback.last_checkpoint = folder
             rank_zero_info(f"Loaded {folder}")
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -372,12 +396,12 @@ class RFTTrainer:
         The same seeds at every call, so that two evaluations differ by the weights alone.
 
         Returns:
-            metrics over all ranks, ``val/`` and, with several sources, ``val/<source>/``.
+            metrics over all ranks, names beginning with ``val/``.
 
         Raises:
             ValueError: the data module has no validation prompts.
         """
-        prompts = self._validation_prompts()
+        prompts = self.validation_prompts()
         self.call("on_validation_start")
         sampling = dataclasses.replace(self.rollout.sampling, temperature=temperature)
         rollout = self._generate(prompts, samples_per_prompt, sampling, iteration=-1)
@@ -386,9 +410,14 @@ class RFTTrainer:
         self.call("on_validation_end")
         return metrics
 
-    def _validation_prompts(self) -> list[Prompt]:
+    def validation_prompts(self) -> list[Prompt]:
+        """This rank's share of them.
+
+        Raises:
+            ValueError: the data module has none; on all ranks alike.
+        """
         prompts = list(self.datamodule.val_dataloader())
-        if not prompts and self.is_global_zero:
+        if not self.fabric.broadcast(len(prompts)):  # rank 0 has the most
             raise ValueError("Validation was asked for, but data.val names no source.")
         if self.limit_val_prompts is not None:
             ranks = self.fabric.world_size
@@ -400,7 +429,8 @@ class RFTTrainer:
             return
         self._stop.signum = signum
         self.should_stop = True
-        saved = self.checkpoint_callback.save(self) if self.checkpoint_callback else None
+        callback = None if self.fast_dev_run else self.checkpoint_callback
+        saved = callback.save(self) if callback else None
         rank_zero_info(f"Stopped. Resume with --ckpt_path {saved}" if saved else "Stopped; no checkpoint callback.")
 
     # --- state -------------------------------------------------------------------------------------------------------
@@ -427,7 +457,9 @@ class RFTTrainer:
         """
         for name, was in state["run"].items():
             if (now := self._identity()[name]) != was:
-                raise ValueError(f"The checkpoint was written with {name}={was}, this run has {now}; set it back.")
+                raise ValueError(
+                    f"The checkpoint was written with {name}={was}, this run has {now}; set it back, or start anew."
+                )
         self.progress = Progress(**state["progress"])
         self.callback_metrics = dict(state["metrics"])
         self.samples = Rollout.from_state_dict(state["samples"]) if state["samples"] else None
@@ -446,9 +478,13 @@ class RFTTrainer:
 
     def _check_sizes(self) -> None:
         sizes = ("max_iterations", "prompts_per_iteration", "samples_per_prompt", "responses_per_update")
-        for name in (*sizes, "epochs_per_iteration", "tokens_per_microbatch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in (*sizes, "epochs_per_iteration", "tokens_per_microbatch", "limit_val_prompts"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"trainer.{name} is {size}; it must be at least 1.")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise ValueError(
+                f"trainer.gradient_clip_val is {self.gradient_clip_val}; it must be above 0, or null for no clipping."
+            )
         total = self.prompts_per_iteration * self.samples_per_prompt
         if total % self.responses_per_update or self.responses_per_update % self.samples_per_prompt:
             raise ValueError(
@@ -463,3 +499,14 @@ class RFTTrainer:
                 f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
                 f"{ranks} ranks; make it a multiple of {ranks}."
             )
+
+
+def check_validation_sampling(samples_per_prompt: int, temperature: float) -> None:
+    """Raise ``ValueError`` for samples that would be equal, or numbers out of range."""
+    if samples_per_prompt < 1 or not temperature >= 0:
+        raise ValueError(
+            f"Validation needs samples_per_prompt ({samples_per_prompt}) of at least 1 and a temperature "
+            f"({temperature}) of 0 (greedy) or more."
+        )
+    if samples_per_prompt > 1 and temperature == 0:
+        raise ValueError(f"{samples_per_prompt} greedy samples of a prompt are equal; set a temperature above 0.")

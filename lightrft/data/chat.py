@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightrft.data.records import BadRecord, Message
@@ -38,6 +39,12 @@ class Chat:
         if system_prompt is not None and not templated:
             raise ValueError("system_prompt needs a chat template; write it into the records, or use a chat tokenizer.")
         return cls(tokenizer, templated, system_prompt)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for no text, the ends of turns among them."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {index for index, token in added if token.special}
 
     def prompt(self, text: str | list[Message]) -> str:
         """The prompt, up to where the response begins.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +26,26 @@ class SupervisedBatch:
     Attributes:
         sequences: ``B`` int64 tensors ``[L_i]``.
         loss_masks: ``B`` bool tensors ``[L_i]``; ``True`` where a token is learned.
+        tokens_per_microbatch: most tokens that one forward may hold.
     """
 
     sequences: list[Tensor]
     loss_masks: list[Tensor]
+    tokens_per_microbatch: int = 16384
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     @classmethod
-    def collate(cls, rows: list[tuple[Tensor, Tensor]]) -> SupervisedBatch:
+    def collate(cls, rows: list[tuple[Tensor, Tensor]], tokens_per_microbatch: int = 16384) -> SupervisedBatch:
         """The rows of a DataLoader as a batch."""
-        return cls(sequences=[ids for ids, _ in rows], loss_masks=[mask for _, mask in rows])
+        return cls([ids for ids, _ in rows], [mask for _, mask in rows], tokens_per_microbatch)
 
     def to(self, device: torch.device) -> SupervisedBatch:
         return SupervisedBatch(
             sequences=[ids.to(device) for ids in self.sequences],
             loss_masks=[mask.to(device) for mask in self.loss_masks],
+            tokens_per_microbatch=self.tokens_per_microbatch,
         )
 
 
@@ -62,7 +66,7 @@ class SupervisedSet(Dataset):
 
     Raises:
         FileNotFoundError: there are no such data.
-        ValueError: records cannot be used.
+        ValueError: records cannot be used, or the tokenizer cannot end a raw response.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class SupervisedSet(Dataset):
         on_bad_record: OnBadRecord = "raise",
     ) -> None:
         self._source, self._chat, self._max_tokens = source, chat, max_tokens
+        if not chat.templated and chat.tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no end of sequence token for raw responses to end with; give it one.")
         self._raw = source.load()
         counts, self.bad_records = screen(source.name, len(self._raw), self._check, on_bad_record)
         self._items = torch.tensor([(row, part) for row, count in counts.items() for part in range(count)])
@@ -146,7 +152,8 @@ class SupervisedData(LightningDataModule):
     Args:
         train: sources of the conversations learned; several are one pool.
         val: sources of the conversations evaluated on.
-        batch_size: sequences of a batch, on each device, as in any DataLoader.
+        batch_size: sequences of a batch, on each device, as in any DataLoader; a batch is one optimizer step.
+        tokens_per_microbatch: most tokens of one forward; the step splits its batch by it, which changes no gradient.
         max_tokens: longer sequences are bad records; none is cut, since a cut one would teach never to end.
         tokenizer: hub id or folder; ``null`` takes the module's ``tokenizer``.
         chat_template: apply the tokenizer's chat template, ``prompt`` and ``response`` then being turns; ``null`` does
@@ -168,6 +175,7 @@ class SupervisedData(LightningDataModule):
         train: list[SupervisedSource] | SupervisedSource | None = None,
         val: list[SupervisedSource] | SupervisedSource | None = None,
         batch_size: int = 8,
+        tokens_per_microbatch: int = 16384,
         max_tokens: int | None = None,
         tokenizer: str | None = None,
         chat_template: bool | None = None,
@@ -179,6 +187,7 @@ class SupervisedData(LightningDataModule):
         self.train = sources_of(train, "train")
         self.val = sources_of(val, "val")
         self.batch_size = batch_size
+        self.tokens_per_microbatch = tokens_per_microbatch
         self.max_tokens = max_tokens
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -189,6 +198,7 @@ class SupervisedData(LightningDataModule):
         self._sets: dict[str, list[SupervisedSet]] = {}
         for key, value, least in (
             ("batch_size", batch_size, 1),
+            ("tokens_per_microbatch", tokens_per_microbatch, 1),
             ("max_tokens", max_tokens, 1),
             ("num_workers", num_workers, 0),
         ):
@@ -251,7 +261,7 @@ class SupervisedData(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=SupervisedBatch.collate,
+            collate_fn=partial(SupervisedBatch.collate, tokens_per_microbatch=self.tokens_per_microbatch),
         )
 
     def _loaded(self, part: str) -> Any:

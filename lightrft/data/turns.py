@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ def encode(segments: list[Segment], chat: Chat) -> tuple[Tensor, Tensor]:
     mask: list[bool] = []
     for text, learned in segments:
         tokens = chat.text_ids(text)
-        end = _turn_end(tokens, chat.tokenizer) if learned else 0
+        end = _turn_end(tokens, chat) if learned else 0
         ids += tokens
         mask += [position < end for position in range(len(tokens))]
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)
@@ -63,12 +62,12 @@ def encode(segments: list[Segment], chat: Chat) -> tuple[Tensor, Tensor]:
 def encode_pair(prompt: str, response: str, chat: Chat) -> tuple[Tensor, Tensor]:
     """Tokens of a raw prompt and its response, as :func:`encode` gives them; the response and its end are learned.
 
+    The tokenizer must have a token that ends a sequence.
+
     Raises:
-        BadRecord: the tokenizer has no token that ends a sequence, or the prompt has no tokens.
+        BadRecord: the prompt has no tokens.
     """
     end = chat.tokenizer.eos_token_id
-    if end is None:
-        raise BadRecord("the tokenizer has no end of sequence token to learn")
     given, tokens = chat.prompt_ids(prompt), chat.text_ids(response)
     tokens += [] if tokens[-1:] == [end] else [end]
     mask = [False] * len(given) + [True] * len(tokens)
@@ -97,7 +96,6 @@ def _segments(text: str, spans: list[tuple[int, int]]) -> list[Segment]:
     return segments
 
 
-def _turn_end(tokens: list[int], tokenizer: Any) -> int:
-    special = set(tokenizer.all_special_ids)
-    last = max((position for position, token in enumerate(tokens) if token in special), default=len(tokens) - 1)
-    return len(tokens) if tokenizer.decode(tokens[last + 1 :]).strip() else last + 1
+def _turn_end(tokens: list[int], chat: Chat) -> int:
+    last = max((i for i, token in enumerate(tokens) if token in chat.special_ids), default=len(tokens) - 1)
+    return len(tokens) if chat.tokenizer.decode(tokens[last + 1 :]).strip() else last + 1

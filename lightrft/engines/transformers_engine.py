@@ -273,15 +273,14 @@ class TransformersEngine(Engine):
         return token_ids.to(self._device), mask.to(self._device)
 
     def _score_batch(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        token_ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=self._pad_id)
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        mask = (torch.arange(token_ids.shape[1]) < lengths[:, None]).long()
+        # Padded on the right, where causal models need no mask: what follows a token does not reach it.
+        padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=self._pad_id)
+        token_ids = padded.to(self._device)
         with self._computing():
-            token_ids = token_ids.to(self._device)
-            logits = self._model(input_ids=token_ids, attention_mask=mask.to(self._device), use_cache=False).logits
+            logits = self._model(input_ids=token_ids, use_cache=False).logits
             return [
-                _log_probs(row[: length - 1], ids[1:length]).cpu()
-                for row, ids, length in zip(logits, token_ids, lengths.tolist())
+                _log_probs(row[: len(sequence) - 1], ids[1 : len(sequence)]).cpu()
+                for row, ids, sequence in zip(logits, token_ids, sequences)
             ]
 
     @contextmanager

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lightrft.data import Source
+from lightrft.data.placeholders import as_parts
 from lightrft.data.records import BadRecord, read_record
+from lightrft.samples import Media
 
 USER = {"role": "user", "content": "hi"}
 
@@ -68,7 +70,7 @@ def test_dotted_keys_reach_into_objects_and_a_column_of_that_name_comes_first() 
 
 
 def test_columns_are_what_nothing_else_came_from_in_types_a_checkpoint_takes(tmp_path: Path) -> None:
-    raw = {"input": "q", "reference": "r", "label": "l", "images": None, "videos": []}
+    raw: dict[str, Any] = {"input": "q", "reference": "r", "label": "l", "images": None, "videos": []}
     left = {"day": datetime.date(2020, 1, 2), "price": Decimal("1.50"), "level": {"x": (1, 2)}, "bytes": b"\x00\xff"}
     columns = read(raw | left).columns
     assert columns == {"day": "2020-01-02", "price": "1.50", "level": {"x": [1, 2]}, "bytes": b"\x00\xff"}
@@ -155,6 +157,13 @@ def test_placeholders_that_do_not_match_the_media_are_bad(text: Any, media: dict
         read({"input": text} | media)
 
 
+def test_placeholders_become_parts_with_the_text_between_them_and_nothing_else() -> None:
+    assert as_parts("<image><image>a<video>", Media(images=("x", "y"))) == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a<video>"}]}
+    ]
+    assert as_parts("<image>", Media()) == "<image>"
+
+
 def test_a_kind_of_media_that_is_switched_off_is_ordinary_text() -> None:
     record = read({"input": "What does <video> do in HTML?", "videos": "x"}, videos_key=None)
     assert (record.media.videos, record.columns) == ((), {"videos": "x"})
@@ -188,7 +197,7 @@ def test_media_of_another_type_are_bad(item: Any) -> None:
 
 
 def test_record_values_are_left_as_they_were() -> None:
-    raw = {"input": [USER | {"name": None}], "extra": {"a": [1]}}
+    raw: dict[str, Any] = {"input": [USER | {"name": None}], "extra": {"a": [1]}}
     before = json.dumps(raw)
     read(raw).columns["extra"]["a"].append(2)
     assert json.dumps(raw) == before

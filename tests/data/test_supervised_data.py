@@ -142,10 +142,21 @@ def test_a_template_whose_turns_end_without_a_special_token_is_learned_to_its_en
     assert learned == ["a1.\n", "a2.\n"]
 
 
-def test_special_tokens_inside_a_turn_do_not_end_it(chat_tokenizer: Any, write: Write) -> None:
+@pytest.mark.parametrize(("end", "learned"), [("<eos>", "x<eos>y<eos>"), (".", "x<eos>y.\n")])
+def test_special_tokens_inside_a_turn_do_not_end_it(end: str, learned: str, chat_tokenizer: Any, write: Write) -> None:
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<eos>", end)
     messages = [MESSAGES[1], {"role": "assistant", "content": "x<eos>y"}]
-    ((_, learned),) = sequences(chat_tokenizer, write([{"messages": messages}]))
-    assert learned == ["x<eos>y<eos>"]
+    ((_, found),) = sequences(chat_tokenizer, write([{"messages": messages}]))
+    assert found == [learned]
+
+
+def test_a_turn_may_end_with_any_special_token_the_tokenizer_was_given(chat_tokenizer: Any, write: Write) -> None:
+    from tokenizers import AddedToken
+
+    chat_tokenizer.add_tokens(AddedToken("<end>", special=True, normalized=False))
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<eos>", "<end>")
+    ((_, learned),) = sequences(chat_tokenizer, write([{"messages": MESSAGES}]))
+    assert learned == ["a1<end>", "a2<end>"]
 
 
 def test_tokens_are_those_of_the_prompt_and_the_response_apart_as_at_inference(
@@ -216,7 +227,11 @@ def test_raw_records_need_an_end_of_sequence_and_no_messages(tiny_tokenizer: Any
         fit(tiny_tokenizer, train=SupervisedSource(write([{"messages": MESSAGES}])))
     tiny_tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end of sequence token"):
-        fit(tiny_tokenizer, train=SupervisedSource(write([{"prompt": "q", "response": "a"}])))
+        fit(
+            tiny_tokenizer,
+            val=SupervisedSource("gone.jsonl"),
+            train=SupervisedSource(write([{"prompt": "q", "response": "a"}])),
+        )
 
 
 def test_a_template_that_moves_the_turn_before_its_prompt_is_refused(chat_tokenizer: Any, write: Write) -> None:
@@ -264,7 +279,7 @@ def test_seed_everything_orders_the_records_unless_the_data_have_a_seed(
     assert order(None) != own == order(1)
 
 
-def test_ranks_share_the_records_of_an_epoch(tiny_tokenizer: Any, write: Write, tmp_path: Any) -> None:
+def test_ranks_share_the_records_of_an_epoch(tiny_tokenizer: Any, write: Write) -> None:
     class Ranked:
         world_size, is_global_zero, lightning_module = 2, True, Student(tiny_tokenizer)
 
@@ -322,7 +337,8 @@ def test_what_is_missing_is_said(tiny_tokenizer: Any, write: Write) -> None:
         SupervisedData(train=source).train_dataloader()
     with pytest.raises(RuntimeError, match="nothing to train on"):
         fit(tiny_tokenizer, val=source)
-    for keys in ({"batch_size": 0}, {"max_tokens": 0}, {"num_workers": -1}):
+    wrong: list[dict[str, Any]] = [{"batch_size": 0}, {"max_tokens": 0}, {"num_workers": -1}]
+    for keys in wrong:
         with pytest.raises(ValueError, match="must be at least"):
             SupervisedData(**keys)
 

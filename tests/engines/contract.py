@@ -75,6 +75,11 @@ def prompt(length: int, uid: str = "", first: int = 3) -> Prompt:
     return Prompt(uid or f"p{length}-{first}", torch.tensor(ids), "")
 
 
+def text_of(ids: list[int]) -> str:
+    tokenizer = world().tokenizer
+    return tokenizer.decode([token for token in ids if token < len(tokenizer)], skip_special_tokens=True)
+
+
 def ids_of(groups: list[list[Response]]) -> list[list[list[int]]]:
     return [[response.token_ids.tolist() for response in group] for group in groups]
 
@@ -102,6 +107,17 @@ def reference_log_probs(model: Any, prompt: Prompt, response: Response, sampling
     with torch.no_grad():
         logits = model(ids[None]).logits[0, len(prompt.token_ids) - 1 : -1]
     return processed_log_probs(logits, sampling).gather(1, response.token_ids[:, None])[:, 0].float()
+
+
+def assert_drawn_from(tokens: Tensor, probs: Tensor) -> None:
+    """Chi-square of int64 ``tokens`` ``[N]``, each drawn from its row of ``probs`` ``[N, V]``, within 5 sigma."""
+    assert (probs.gather(1, tokens[:, None]) > 0).all()
+    expected, counts = probs.sum(0), torch.bincount(tokens, minlength=probs.shape[1]).double()
+    often = expected >= 5
+    statistic = float(((counts - expected) ** 2 / expected)[often].sum())
+    freedom = int(often.sum())
+    assert freedom > 1
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
 class EngineContract:
@@ -250,22 +266,21 @@ class EngineContract:
 
     @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_p": 0.7}], ids=str)
     def test_tokens_are_drawn_as_often_as_the_distribution_says(self, engine, options):
-        sampling = Sampling(max_new_tokens=2, stop_token_ids=(), **options)
+        sampling = Sampling(max_new_tokens=2, **options)
         draws = 1500
         group = engine.generate([prompt(5)], sampling, [range(draws)])[0]
+        firsts = torch.stack([response.token_ids[0] for response in group])
+        sequences = torch.cat([prompt(5).token_ids.expand(64, -1), torch.arange(64)[:, None]], 1)
         with torch.no_grad():
-            logits = world().model(prompt(5).token_ids[None]).logits[0, -1:]
-        expected = processed_log_probs(logits, sampling)[0].exp() * draws
-        counts = torch.bincount(torch.stack([r.token_ids[0] for r in group]), minlength=64).double()
-        assert counts[expected == 0].sum() == 0
-        often = expected >= 5
-        pooled = (
-            torch.cat([counts[often], counts[~often].sum()[None]]),
-            torch.cat([expected[often], expected[~often].sum().clamp(min=1e-9)[None]]),
-        )
-        statistic = float(((pooled[0] - pooled[1]) ** 2 / pooled[1]).sum())
-        freedom = int(often.sum())
-        assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+            logits = world().model(sequences).logits
+        first = processed_log_probs(logits[:1, 4], sampling).exp()
+        assert_drawn_from(firsts, first.expand(draws, -1))
+        # The second token by the first: a number used twice would show here.
+        second = processed_log_probs(logits[:, 5], sampling).exp()
+        going_on = [response for response in group if len(response.token_ids) == 2]
+        after = torch.stack([response.token_ids for response in going_on])
+        assert len(going_on) > draws / 2
+        assert_drawn_from(after[:, 1], second[after[:, 0]])
 
     def test_greedy_takes_the_likeliest_token_with_log_prob_zero(self, engine):
         asked = prompt(7)
@@ -318,7 +333,7 @@ class EngineContract:
     # Ends
 
     def test_every_response_ends_at_its_stop_or_its_length_with_nothing_behind(self, engine):
-        group = engine.generate([prompt(4)], Sampling(max_new_tokens=24, stop_token_ids=(7, 20)), [range(40)])[0]
+        group = engine.generate([prompt(4)], Sampling(max_new_tokens=24, stop_token_ids=(7, 20)), [range(80)])[0]
         reasons = {response.finish_reason for response in group}
         for response in group:
             ids = response.token_ids.tolist()
@@ -327,6 +342,7 @@ class EngineContract:
             assert not any(stops[:-1])
             assert response.finish_reason == ("stop" if stops[-1] else "length")
             assert stops[-1] or len(ids) == 24
+            assert response.text == text_of(ids)
         assert reasons == {"stop", "length"}
 
     def test_a_stop_string_across_tokens_ends_the_response_with_the_token_that_completes_it(self, engine):
@@ -343,7 +359,7 @@ class EngineContract:
     def test_a_stop_string_in_one_response_does_not_end_the_others(self, engine):
         groups = engine.generate([prompt(4)], Sampling(max_new_tokens=16, stop=("ab", "e", "##")), [range(30)])[0]
         for response in groups:
-            text = world().tokenizer.decode(response.token_ids, skip_special_tokens=True)
+            text = text_of(response.token_ids.tolist())
             found = any(stop in text for stop in ("ab", "e", "##"))
             assert not any(stop in response.text for stop in ("ab", "e", "##"))
             assert found or response.finish_reason == "length" or response.token_ids[-1] == 1

@@ -28,14 +28,6 @@ from .contract import EngineContract, ids_of, prompt, reference_log_probs, world
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class TestTransformersEngine(EngineContract):
     make = staticmethod(TransformersEngine)
 
@@ -49,17 +41,14 @@ class TestTransformersEngineInSmallBatches(EngineContract):
     test_tokens_are_drawn_as_often_as_the_distribution_says = None
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@needs_cuda
+@pytest.mark.gpu
 class TestTransformersEngineOnCuda(EngineContract):
     make = staticmethod(TransformersEngine)
     device = torch.device("cuda:0")
     tolerance = 1e-4
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_gives_the_devices_memory_back(level):
     before = torch.cuda.memory_allocated()
@@ -150,6 +139,8 @@ def test_prompts_read_once_for_their_samples_give_the_forwards_log_probs(name):
         for response in group:
             expected = reference_log_probs(model, asked, response, sampling)
             assert torch.allclose(response.log_probs, expected, atol=1e-4)
+    again = engine.generate(prompts[1:], sampling, [[4, 5], [6]])
+    assert ids_of(again) == ids_of(groups)[1:]
     alone = [[engine.generate([p], sampling, [[r.seed]])[0][0] for r in g] for p, g in zip(prompts, groups)]
     assert ids_of(alone) == ids_of(groups)
     score = engine.score([prompts[1].token_ids])[0]
@@ -321,8 +312,12 @@ def test_scores_do_not_depend_on_how_sequences_are_batched(monkeypatch):
     sequences = [prompt(length).token_ids for length in (40, 3, 17, 17, 2)]
     together = engine.score(sequences)
     monkeypatch.setattr("lightrft.engines.transformers_engine._SCORED_LOGITS", 64 * 20)
+    passes = []
+    engine._model.register_forward_pre_hook(lambda _, args, given: passes.append(given["input_ids"]), with_kwargs=True)
     for one, other in zip(together, engine.score(sequences)):
         assert torch.allclose(one, other, atol=1e-5)
+    assert len(passes) > 1
+    assert all(ids.shape[0] == 1 or ids.numel() <= 20 for ids in passes)
     assert engine.score([]) == []
 
 

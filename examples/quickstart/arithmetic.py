@@ -1,0 +1,58 @@
+"""The quickstart's world: two-digit addition, one token a character, everything made here."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+# A folder with a Qwen2 configuration is read with Qwen2's tokenizer class, which wants a token of this name.
+END = "<|endoftext|>"
+TOKENS = ["<pad>", END, *"0123456789+="]
+HELD_OUT = 1000
+
+Pair = tuple[int, int]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a character, and an end of sequence."""
+    vocabulary = {token: index for index, token in enumerate(TOKENS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token="<pad>", model_max_length=32
+    ).save_pretrained(folder)
+
+
+def split_pairs(seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Operand pairs to train on, and others to hold out; no pair is in both, in either order."""
+    rng = random.Random(seed)
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    rng.shuffle(pairs)
+    either_order = [pair if rng.random() < 0.5 else pair[::-1] for pair in pairs]
+    return either_order[HELD_OUT:], either_order[:HELD_OUT]
+
+
+def question(pair: Pair) -> str:
+    return f"{pair[0]}+{pair[1]}="
+
+
+def write_prompts(path: Path, pairs: Iterable[Pair]) -> None:
+    """What reinforcement learning sees: the question, and the reference for the reward alone."""
+    records = [{"input": question(p), "reference": str(sum(p)), "label": "exact_match"} for p in pairs]
+    _write(path, records)
+
+
+def write_lessons(path: Path, pairs: Iterable[Pair]) -> None:
+    """What supervised learning sees: the question and its answer."""
+    _write(path, [{"prompt": question(p), "response": str(sum(p))} for p in pairs])
+
+
+def _write(path: Path, records: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -1,0 +1,116 @@
+"""The main job on a CPU, from nothing: make data, teach by examples, improve by rewards, show what came of it.
+
+    python examples/quickstart/run.py            # under 8 minutes on 2 cores; `make quickstart` runs this
+    python examples/quickstart/run.py --short    # the same steps, a few iterations each: does everything run?
+
+Both trainings are the ``lightrft`` commands printed on the way; nothing here knows more than a user's shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import arithmetic
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of everything that is made")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="a few iterations of each step")
+    parser.add_argument("--control", action="store_true", help="rewards permuted across prompts: nothing to learn from")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    prepare(options.root, options.seed)
+    supervised(options)
+    reinforce(options)
+    report(options.root, time.perf_counter() - start)
+
+
+def prepare(root: Path, seed: int) -> None:
+    """Tokenizer, lessons for supervised learning, prompts for reinforcement, held-out prompts."""
+    train, held_out = arithmetic.split_pairs(seed)
+    arithmetic.write_tokenizer(root / "tokenizer")
+    arithmetic.write_lessons(root / "lessons.jsonl", train)
+    arithmetic.write_prompts(root / "train.jsonl", train)
+    arithmetic.write_prompts(root / "held_out.jsonl", held_out)
+    print(f"{len(train)} training and {len(held_out)} held-out sums under {root}")
+
+
+def supervised(options: argparse.Namespace) -> None:
+    root = options.root
+    overrides = {
+        "seed_everything": options.seed,
+        "model.tokenizer": root / "tokenizer",
+        "data.train.path": root / "lessons.jsonl",
+        "trainer.default_root_dir": root / "supervised",
+        "trainer.logger.init_args.save_dir": root / "supervised",
+        "trainer.callbacks.dirpath": root / "supervised" / "huggingface",
+    }
+    if options.short:
+        overrides["trainer.max_steps"] = 20
+    lightrft("supervised fit", "quickstart_supervised.yaml", overrides)
+
+
+def reinforce(options: argparse.Namespace) -> None:
+    root = options.root
+    overrides = {
+        "seed_everything": options.seed,
+        "model.actor.init_args.model": root / "supervised" / "huggingface",
+        "data.train.path": root / "train.jsonl",
+        "data.val.path": root / "held_out.jsonl",
+        "trainer.default_root_dir": root / "rl",
+    }
+    if options.short:
+        overrides |= {"trainer.max_iterations": 3, "trainer.limit_val_prompts": 100}
+    if options.control:
+        overrides["trainer.callbacks+"] = "permuted_rewards.PermutedRewards"
+    lightrft("fit", "quickstart.yaml", overrides)
+
+
+def lightrft(command: str, config: str, overrides: dict[str, object]) -> None:
+    """Run a ``lightrft`` command and stop with it where it fails."""
+    arguments = [*command.split(), "--config", str(CONFIGS / config)]
+    arguments += [f"--{key}={value}" for key, value in overrides.items()]
+    print("\n$ lightrft " + " ".join(arguments), flush=True)
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-m", "lightrft.cli", *arguments], env=with_path(here), check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def with_path(folder: Path) -> dict[str, str]:
+    """The environment, in which Python also finds this folder's modules (the control's rewards)."""
+    import os
+
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
+def report(root: Path, seconds: float) -> None:
+    """The whole job's table and ``summary.json``, learning curve included."""
+    newest = max((root / "rl").glob("version_*/summary.json"), key=lambda path: path.stat().st_mtime_ns)
+    summary = json.loads(newest.read_text()) | {"seconds": round(seconds, 1)}
+    (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    rows = {
+        "held-out accuracy before": f"{summary['accuracy_before']:.3f}",
+        "held-out accuracy after": f"{summary['accuracy_after']:.3f}",
+        "seconds, all steps": f"{seconds:.0f}",
+        "response tokens a second": f"{summary['tokens_per_second']:.0f}",
+        "metrics": newest.parent / "metrics.csv",
+        "trajectories": newest.parent / "trajectories",
+        "checkpoint": max((newest.parent / "checkpoints").iterdir()),
+        "model, for lightrft chat": newest.parent / "huggingface",
+        "summary": root / "summary.json",
+    }
+    print("\n" + "\n".join(f"  {name:26s}{value}" for name, value in rows.items()))
+
+
+if __name__ == "__main__":
+    main()
