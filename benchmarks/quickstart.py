@@ -61,7 +61,8 @@ def missed(runs: dict[str, dict[str, Any]]) -> list[str]:
             if after - before >= 0.05:
                 failures.append(f"control: rose from {before:.3f} to {after:.3f} without anything to learn from")
         elif before >= 0.5 or after < 0.9 or run["seconds"] >= 480:
-            failures.append(f"{name}: {before:.3f} to {after:.3f} in {run['seconds']:.0f} s, wanted < 0.5 to >= 0.9 in 480 s")
+            measured = f"{before:.3f} to {after:.3f} in {run['seconds']:.0f} s"
+            failures.append(f"{name}: {measured}; wanted are below 0.5 to at least 0.9 in 480 s")
     return failures
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ class RFTCheckpoint(CheckpointCallback):
         max_keep: newest checkpoints kept; older ones of this run are deleted.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or an unknown moment.
     """
 
     def __init__(
@@ -36,6 +35,8 @@ class RFTCheckpoint(CheckpointCallback):
     ) -> None:
         if every_n_iterations < 1 or max_keep < 1:
             raise ValueError("RFTCheckpoint needs every_n_iterations and max_keep of at least 1.")
+        if at not in ("iteration", "update", "phase"):
+            raise ValueError(f"at is {at!r}; it must be iteration, update or phase.")
         self.dirpath = dirpath
         self.every_n_iterations = every_n_iterations
         self.at = at
@@ -50,13 +51,10 @@ class RFTCheckpoint(CheckpointCallback):
             OSError: the folder is not writable, or its disk has no room for one more checkpoint than are kept.
         """
         folder = self._folder(trainer)
+        if trainer.fast_dev_run:
+            return
+        checkpoint.check_writable(folder, "RFTCheckpoint")
         needed = _bytes_of_a_checkpoint(pl_module.actor) * (self.max_keep + 1)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"RFTCheckpoint cannot create {folder} ({error}); set dirpath to a writable folder.") from error
-        if not os.access(folder, os.W_OK):
-            raise OSError(f"RFTCheckpoint cannot write to {folder}; set dirpath to a writable folder.")
         if (free := shutil.disk_usage(folder).free) < needed:
             raise OSError(
                 f"RFTCheckpoint needs {needed / 2**30:.1f} GiB in {folder} (max_keep={self.max_keep} and one being "
@@ -69,7 +67,7 @@ class RFTCheckpoint(CheckpointCallback):
             due = iteration % self.every_n_iterations == 0 or iteration == trainer.max_iterations
         else:
             due = (iteration + 1) % self.every_n_iterations == 0 and self.at in ("phase", phase)
-        if due and not trainer.fast_dev_run:
+        if (due or trainer.should_stop) and not trainer.fast_dev_run:
             self.save(trainer)
 
     def save(self, trainer: Any) -> Path:
@@ -78,9 +76,11 @@ class RFTCheckpoint(CheckpointCallback):
         if progress.phase != "rollout":
             name += f"-before-{progress.phase}-{progress.update}"
         folder = self._folder(trainer) / name
+        if folder == self.last_checkpoint:  # a stop at a boundary that is saved already
+            return folder
         checkpoint.save(folder, trainer)
         self.last_checkpoint = folder
-        self._written = [path for path in self._written if path != folder] + [folder]
+        self._written.append(folder)
         self._prune(trainer)
         return folder
 

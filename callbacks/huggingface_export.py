@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightrft.callback import RFTCallback
+from lightrft.checkpoint import check_writable
 
 
 class HuggingFaceExport(RFTCallback):
@@ -20,8 +21,21 @@ class HuggingFaceExport(RFTCallback):
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find out before training whether the model can be written.
+
+        Raises:
+            OSError: the folder is not writable.
+        """
+        folder = self._folder(trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            check_writable(folder, "HuggingFaceExport")
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        folder = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir) / "huggingface"
+        folder = self._folder(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             pl_module.save_pretrained(folder)
             rank_zero_info(f"Hugging Face model: {folder}")
+
+    def _folder(self, trainer: Any) -> Path:
+        return Path(self.dirpath) if self.dirpath else Path(trainer.log_dir) / "huggingface"

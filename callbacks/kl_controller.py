@@ -24,8 +24,8 @@ class KLController(RFTCallback):
     """
 
     def __init__(self, target: float, horizon: int = 10_000) -> None:
-        if target <= 0 or horizon <= 0:
-            raise ValueError(f"KLController needs target ({target}) and horizon ({horizon}) above 0.")
+        if not 0 < target < math.inf or horizon <= 0:
+            raise ValueError(f"KLController needs a finite target ({target}) and a horizon ({horizon}) above 0.")
         self.target = target
         self.horizon = horizon
         self.coefficient: float | None = None

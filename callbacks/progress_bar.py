@@ -19,12 +19,10 @@ _SHOWN = {
 class ProgressBar(RFTCallback):
     """One bar over iterations on rank 0; the phase it is in, and the last iteration's numbers.
 
-    Args:
-        refresh_every_n_iterations: how often the numbers are written.
+    Tokens per second are those of the ``Throughput`` callback, the KL that of the algorithm, where there is one.
     """
 
-    def __init__(self, refresh_every_n_iterations: int = 1) -> None:
-        self.refresh_every_n_iterations = refresh_every_n_iterations
+    def __init__(self) -> None:
         self._bar: Any = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -34,15 +32,14 @@ class ProgressBar(RFTCallback):
 
     def on_phase_start(self, trainer: Any, pl_module: Any, phase: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(phase, refresh=False)
+            self._bar.set_description(phase)
 
     def on_phase_end(self, trainer: Any, pl_module: Any, phase: str) -> None:
         if self._bar is None or phase != "iteration":
             return
         row, done = trainer.callback_metrics, trainer.progress.iteration
-        if done % self.refresh_every_n_iterations == 0 or done == trainer.max_iterations:
-            self._bar.set_postfix({k: f"{row[name]:.3g}" for k, name in _SHOWN.items() if name in row}, refresh=False)
-            self._bar.update(done - self._bar.n)
+        self._bar.set_postfix({k: f"{row[name]:.3g}" for k, name in _SHOWN.items() if name in row}, refresh=False)
+        self._bar.update(done - self._bar.n)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._bar is not None:

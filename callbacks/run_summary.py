@@ -15,7 +15,8 @@ class RunSummary(RFTCallback):
     """Writes ``<log_dir>/summary.json`` and prints its table at the end of training.
 
     The keys are ``accuracy_before``, ``accuracy_after``, ``seconds`` (of all iterations, validation apart),
-    ``tokens_per_second`` and ``artefacts``. It reads the run's ``Validation`` and ``Throughput`` callbacks.
+    ``tokens_per_second`` and ``artefacts``; ``null`` is what was not measured. It reads the run's ``Validation`` and
+    ``Throughput`` callbacks.
 
     Args:
         accuracy: the validation metric that is shown as accuracy, without ``val/``.
@@ -23,6 +24,7 @@ class RunSummary(RFTCallback):
 
     def __init__(self, accuracy: str = "reward/mean") -> None:
         self.accuracy = accuracy
+        self._name = f"val/{accuracy}"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse before training where there will be nothing to sum up.
@@ -32,18 +34,32 @@ class RunSummary(RFTCallback):
         """
         validation = the_one(trainer.callbacks, Validation)
         if validation is None or not validation.at_start or the_one(trainer.callbacks, Throughput) is None:
-            raise ValueError("RunSummary needs the callbacks Validation (with at_start: true) and Throughput beside it.")
+            raise ValueError("RunSummary needs the callbacks Validation (at_start: true) and Throughput beside it.")
+
+    def on_iteration_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse, once the first validation is there, an accuracy that it does not measure.
+
+        Raises:
+            ValueError: names the metrics there are.
+        """
+        first = the_one(trainer.callbacks, Validation).first
+        # Where no response could be scored, no reward was measured.
+        if first and self._name not in first and first["val/dropped_fraction"] < 1:
+            names = ", ".join(sorted(name.removeprefix("val/") for name in first))
+            raise ValueError(
+                f"RunSummary.accuracy={self.accuracy!r} is not measured by validation; use one of {names}."
+            )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
+        folder = Path(trainer.log_dir)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         validation, throughput = the_one(trainer.callbacks, Validation), the_one(trainer.callbacks, Throughput)
-        name, folder = f"val/{self.accuracy}", Path(trainer.log_dir)
         summary = {
-            "accuracy_before": validation.first[name],
-            "accuracy_after": validation.last[name],
+            "accuracy_before": validation.first.get(self._name),
+            "accuracy_after": validation.last.get(self._name),
             "seconds": throughput.seconds,
-            "tokens_per_second": throughput.tokens / throughput.seconds,
+            "tokens_per_second": throughput.tokens / throughput.seconds if throughput.seconds else None,
             "artefacts": str(folder),
         }
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,8 @@ def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # not Linux, or forbidden: the peak is then that of the process so far
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
-    except OSError:
-        pass  # not Linux, or forbidden: the peak is then that of the process so far
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightrft.callback import RFTCallback
+from lightrft.trainer import check_validation_sampling
 
 
 class Validation(RFTCallback):
@@ -20,7 +21,7 @@ class Validation(RFTCallback):
         first, last: metrics of the first and the latest validation of the run, empty before.
 
     Raises:
-        ValueError: several greedy samples, which would be equal.
+        ValueError: several greedy samples, which would be equal, or a number out of range.
     """
 
     def __init__(
@@ -30,16 +31,23 @@ class Validation(RFTCallback):
         samples_per_prompt: int = 1,
         temperature: float = 0.0,
     ) -> None:
-        if every_n_iterations < 1 or samples_per_prompt < 1:
-            raise ValueError("Validation needs every_n_iterations and samples_per_prompt of at least 1.")
-        if samples_per_prompt > 1 and temperature == 0:
-            raise ValueError(f"{samples_per_prompt} greedy samples of a prompt are equal; set a temperature above 0.")
+        if every_n_iterations < 1:
+            raise ValueError("Validation needs every_n_iterations of at least 1.")
+        check_validation_sampling(samples_per_prompt, temperature)
         self.every_n_iterations = every_n_iterations
         self.at_start = at_start
         self.samples_per_prompt = samples_per_prompt
         self.temperature = temperature
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse before training where there is nothing to validate on.
+
+        Raises:
+            ValueError: the data module has no validation prompts.
+        """
+        trainer.validation_prompts()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self.at_start and trainer.progress.iteration == 0 and trainer.progress.phase == "rollout":

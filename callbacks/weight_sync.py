@@ -25,53 +25,63 @@ class WeightSync(RFTCallback):
 
     The probe has two parts. The fingerprint of every pushed tensor is computed again inside the engine: one skipped or
     half-done update is seen, however small the step. Log-probs of a few fixed tokens are compared with the trainer's:
-    a wrong name, a stale cache or other arithmetic is seen; their tolerance is calibrated at the first sync.
+    a wrong name, a stale cache or other arithmetic is seen; their tolerance is calibrated at the first sync. Both run
+    each time that the engine wakes, pushed to or not: what it held may have been lost while it slept.
 
     Args:
         probe: ``false`` switches both parts off.
-        max_mismatch: largest mean difference of log-probs, in nats, that calibration accepts.
+        max_mismatch: largest mean difference of log-probs, in nats, that calibration accepts; 0.5 if left out.
+
+    Raises:
+        ValueError: ``max_mismatch`` is not above 0, or given without the probe.
     """
 
-    def __init__(self, probe: bool = True, max_mismatch: float = 0.5) -> None:
+    def __init__(self, probe: bool = True, max_mismatch: float | None = None) -> None:
+        if max_mismatch is not None and not (probe and max_mismatch > 0):
+            raise ValueError(f"max_mismatch ({max_mismatch}) must be above 0, and has no effect without the probe.")
         self.probe = probe
-        self.max_mismatch = max_mismatch
-        self.tolerance: float | None = None
-        self._unprobed = False
+        self.max_mismatch = max_mismatch if max_mismatch is not None else 0.5
+        self.calibrated: float | None = None
+        self._version = -1
+        self._pushed: dict[str, Fingerprint] = {}
+
+    @property
+    def tolerance(self) -> float:
+        """Largest mean difference that passes, nats. Kernels and dtypes differ by a fairly constant amount."""
+        return min(max(4 * (self.calibrated or 0.0), 1e-3), self.max_mismatch)
 
     def on_weight_sync(self, trainer: Any, pl_module: Any) -> None:
-        """Push and probe, unless the engine is current.
+        """Push unless the engine is current, and probe.
 
         Raises:
             StaleWeightsError: the engine holds other weights than were pushed; names the tensor and the difference.
         """
         engine, version = trainer.rollout.engine, trainer.progress.weight_version
-        if engine.weight_version == version:
-            return
         start = time.perf_counter()
-        pushed: dict[str, Fingerprint] = {}
-        engine.update_weights(self._recorded(trainer, pl_module, pushed), version)
+        # Both words: an engine may call weights current that this callback never pushed.
+        if engine.weight_version != version or self._version != version:
+            self._pushed, self._version = {}, version
+            engine.update_weights(self._recorded(trainer, pl_module), version)
         if self.probe:
-            _compare_fingerprints(pushed, engine.fingerprint(list(pushed)), version)
-            self._unprobed = True
+            _compare_fingerprints(self._pushed, engine.fingerprint(list(self._pushed)), version)
         trainer.log("time/weight_sync_seconds", time.perf_counter() - start)
 
     def on_engine_ready(self, trainer: Any, pl_module: Any) -> None:
-        """The first time that the engine can compute with what was pushed: compare its log-probs.
+        """The engine can compute with what was pushed: compare its log-probs.
 
         Raises:
             StaleWeightsError: they differ by more than the tolerance.
         """
-        if self._unprobed:
+        if self.probe:
             trainer.log("weight_sync/mismatch_nats", self._compare_log_probs(trainer, trainer.rollout.engine))
-            self._unprobed = False
 
-    def _recorded(self, trainer: Any, pl_module: Any, pushed: dict[str, Fingerprint]) -> Iterator[tuple[str, Tensor]]:
+    def _recorded(self, trainer: Any, pl_module: Any) -> Iterator[tuple[str, Tensor]]:
         """The weights in the engine's dtype; what is handed over is what is remembered."""
         dtype = trainer.rollout.engine.dtype
         for name, tensor in trainer.learner.sharding.full_params(pl_module.export_parameters()):
             tensor = tensor.detach().to(dtype or tensor.dtype)
             if self.probe:
-                pushed[name] = fingerprint(tensor)
+                self._pushed[name] = fingerprint(tensor)
             yield name, tensor
 
     @torch.no_grad()
@@ -85,9 +95,8 @@ class WeightSync(RFTCallback):
         ours, _ = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
         theirs = torch.cat(engine.score(sequences)).to(ours)
         mismatch = float((ours - theirs).abs().mean())
-        if self.tolerance is None:
-            # Other kernels and a narrower dtype differ by a fairly constant amount; four times it leaves room.
-            self.tolerance = min(max(4 * mismatch, 1e-3), self.max_mismatch)
+        if self.calibrated is None:
+            self.calibrated = mismatch
         if not mismatch <= self.tolerance:
             raise StaleWeightsError(
                 f"After a weight sync the engine's log-probs of {_PROBE_SEQUENCES * (_PROBE_TOKENS - 1)} probe tokens "
@@ -97,10 +106,10 @@ class WeightSync(RFTCallback):
         return mismatch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tolerance": self.tolerance}
+        return {"calibrated": self.calibrated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.tolerance = state_dict["tolerance"]
+        self.calibrated = state_dict["calibrated"]
 
 
 def _probe_sequences(vocabulary: int) -> list[Tensor]:
@@ -121,6 +130,6 @@ def _compare_fingerprints(pushed: dict[str, Fingerprint], held: dict[str, Finger
     else:
         what = f"the projections differ by {held[name].difference(pushed[name]):.6g}"
     raise StaleWeightsError(
-        f"Weight sync {version} did not arrive: {len(wrong)} of {len(pushed)} tensors differ in the engine, first "
-        f"{name} ({what}). The engine would have sampled with stale weights."
+        f"The engine does not hold the weights of version {version}: {len(wrong)} of {len(pushed)} tensors are others, "
+        f"first {name} ({what}). It would have sampled with stale weights."
     )

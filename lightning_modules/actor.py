@@ -170,7 +170,7 @@ class ActorModule(LightningModule):
 
     def _adapter_off(self) -> AbstractContextManager[None]:
         assert self.lora is not None, "only LoRA has an adapter to switch off"
-        return self.language_model.disable_adapter()  # type: ignore[union-attr, operator, return-value]
+        return self.language_model.disable_adapter()  # type: ignore[union-attr, operator]
 
     @torch.no_grad()
     def _check_against_plain_forward(self) -> None:
@@ -239,7 +239,7 @@ class ActorModule(LightningModule):
             for part in parts
         ]  # fmt: skip
         loss = torch.stack(losses).sum() * scale
-        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train_loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
 
     def _micro_batches(self, batch: SupervisedBatch) -> list[Packed]:
@@ -263,7 +263,7 @@ class ActorModule(LightningModule):
             tokens = len(packed.predict)
             if tokens:
                 self.mean_loss.update(self._negative_log_prob(packed) / tokens, tokens)
-        self.log(f"{stage}_loss", self.mean_loss, prog_bar=True, on_epoch=True, on_step=False)
+        self.log(f"{stage}_loss", self.mean_loss, prog_bar=True, on_epoch=True, on_step=False, batch_size=len(batch))
 
     def predict_step(self, batch: SupervisedBatch, batch_idx: int) -> list[float]:
         """Summed log-prob (nats) of the trained tokens of each sequence, in order."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +30,18 @@ def save(folder: Path, trainer: RFTTrainer) -> None:
     """
     partial = folder.with_name(_PARTIAL + folder.name)
     fabric, learner = trainer.fabric, trainer.learner
-    if fabric.is_global_zero:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    fabric.barrier()
     try:
+        if fabric.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        fabric.barrier()
         learner.sharding.save(partial, trainer.model.actor, learner.optimizer)
         torch.save(trainer.state_dict(), partial / _rank_file(fabric.global_rank))
         _flush(partial)
     # torch reports a full disk while closing its archive as a RuntimeError.
     except (OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"The checkpoint {folder} could not be written ({error}); earlier checkpoints are intact.") from error
+        raise OSError(f"The checkpoint {folder} could not be written ({error}); earlier ones are intact.") from error
     fabric.barrier()
     if fabric.is_global_zero:
         if folder.exists():
@@ -52,6 +54,20 @@ def save(folder: Path, trainer: RFTTrainer) -> None:
     fabric.barrier()
 
 
+def check_writable(folder: Path, owner: str) -> None:
+    """Create ``folder`` and a file in it, before hours are spent on what could not be saved there.
+
+    Raises:
+        OSError: one of them cannot be; names the owner, whose ``dirpath`` is to be set.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{owner} cannot write to {folder} ({error}); set its dirpath to a writable folder.") from error
+
+
 def load(folder: Path, trainer: RFTTrainer, weights_only: bool = False) -> None:
     """Restore ``folder`` into a trainer that is set up.
 
@@ -61,19 +77,26 @@ def load(folder: Path, trainer: RFTTrainer, weights_only: bool = False) -> None:
         weights_only: leave loop and optimizer as they are (validation).
 
     Raises:
-        ValueError: it was written by a run with another seed, other sizes or another number of ranks.
+        ValueError: it was written by a run with another seed, other sizes, another optimizer, another model or another
+            number of ranks, or its files are damaged.
     """
-    learner = trainer.learner
-    path = folder / _rank_file(trainer.fabric.global_rank)
+    learner, rank = trainer.learner, trainer.fabric.global_rank
+    path = folder / _rank_file(0 if weights_only else rank)
     if not path.is_file():
         raise ValueError(f"{folder} holds no {path.name}: it was written with fewer ranks; resume with as many.")
+    for file in sorted(folder.glob("*.pt")) if rank == 0 else [path]:
+        _check_intact(file)
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if weights_only:
-        learner.sharding.load(folder, trainer.model.actor, None)
         trainer.progress.weight_version = state["progress"]["weight_version"]
-        return
-    learner.sharding.load(folder, trainer.model.actor, learner.optimizer)
-    trainer.load_state_dict(state)
+    else:
+        trainer.load_state_dict(state)
+    try:
+        learner.sharding.load(folder, trainer.model.actor, None if weights_only else learner.optimizer)
+    # A file that is not there, or what torch says of names, shapes and parameter groups that do not fit.
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The weights in {folder} do not fit this run's model and optimizer: {reason}") from error
 
 
 def find(path: str, root: Path) -> Path:
@@ -90,6 +113,17 @@ def find(path: str, root: Path) -> Path:
     if not folders:
         raise ValueError(f"ckpt_path is 'last', but there is no checkpoint under {root}.")
     return max(folders, key=lambda folder: folder.stat().st_mtime_ns)
+
+
+def _check_intact(file: Path) -> None:
+    """Raise ``ValueError`` where a file is cut short or a bit of it changed: torch itself reads wrong numbers then."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error}); resume from another checkpoint.") from error
+    if damaged is not None:
+        raise ValueError(f"{file} is damaged (its part {damaged} is not what was written); resume from another one.")
 
 
 def _rank_file(rank: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightrft.algorithms import StepTotals
 from lightrft.module import RFTModule, optimizer_and_scheduler
@@ -25,6 +26,9 @@ class Learner:
         module: configured.
         tokens_per_microbatch: most tokens that one forward holds.
         gradient_clip_val: largest norm of the whole gradient; ``None`` does not clip.
+
+    Attributes:
+        settings: optimizer and schedule as configured, which a checkpoint's state would replace unseen.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Learner:
         self.gradient_clip_val = gradient_clip_val
         self.sharding = sharding_of(fabric)
         optimizer, self.scheduler = optimizer_and_scheduler(module.configure_optimizers())
+        self.settings = _settings(optimizer, self.scheduler)
         self.actor, self.optimizer = self.sharding.setup(module.actor, optimizer)
         self.reference = self.sharding.setup_frozen(module.reference) if module.reference is not None else None
 
@@ -75,8 +80,7 @@ class Learner:
         trained = torch.nonzero(batch.response_mask.any(-1)).flatten().tolist()
         lengths = [len(batch.sequences[row]) for row in trained]
         parts = [[trained[i] for i in part] for part in split_by_tokens(lengths, self.tokens_per_microbatch)]
-        count = torch.tensor(float(max(len(parts), 1)), device=self.fabric.device)
-        most = int(self.fabric.all_reduce(count, reduce_op="max"))
+        most = int(self.sharding.over_ranks(torch.tensor(float(max(len(parts), 1))), "max"))
         return parts + [[] for _ in range(most - len(parts))]
 
     def _select(self, batch: Batch, rows: list[int]) -> Batch:
@@ -122,9 +126,25 @@ class Learner:
     def _totals(self, batch: Batch, max_response_tokens: int) -> StepTotals:
         mask = batch.response_mask
         counts = torch.tensor([float(mask.sum()), float(mask.any(-1).sum())], dtype=torch.float64)
-        counts = self.fabric.all_reduce(counts.to(self.fabric.device), reduce_op="sum")
+        counts = self.sharding.over_ranks(counts, "sum")
         return StepTotals(int(counts[0]), int(counts[1]), max_response_tokens)
 
     def _summed_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        stacked = self.fabric.all_reduce(torch.stack(list(sums.values())), reduce_op="sum")
+        stacked = self.sharding.over_ranks(torch.stack(list(sums.values())), "sum")
         return dict(zip(sums, stacked.tolist()))
+
+
+def _settings(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+    """Names and plain values of a new optimizer and its schedule."""
+    named: dict[str, Any] = {"optimizer": type(optimizer).__name__, "lr_scheduler": None}
+    for index, group in enumerate(optimizer.param_groups):
+        named |= {f"optimizer.{name}" + (f"[{index}]" if index else ""): value for name, value in group.items()}
+    if scheduler is not None:
+        named["lr_scheduler"] = type(scheduler).__name__
+        named |= {f"lr_scheduler.{name}": value for name, value in scheduler.state_dict().items() if name[0] != "_"}
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in named.items()
+        if all(isinstance(one, plain) for one in (value if isinstance(value, (list, tuple)) else [value]))
+    }

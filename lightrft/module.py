@@ -50,9 +50,17 @@ class RFTModule(LightningModule):
         """The actor's tokenizer."""
         return self.actor.tokenizer
 
-    def check_labels(self, labels: Iterable[str | None]) -> None:
-        """Raise ``ValueError`` for a label without a reward recipe."""
-        self.scorer.check_labels(labels)
+    def check_labels(self, labels: Iterable[str | None], complete: bool = False) -> None:
+        """Raise ``ValueError`` for a label without a reward recipe; if ``complete``, for a recipe of no label too."""
+        self.scorer.check_labels(labels, complete)
+
+    def check_group_size(self, samples_per_prompt: int) -> None:
+        """Raise ``ValueError`` where nothing could be learned: in a group of one no response is better than another."""
+        if samples_per_prompt == 1 and self.algorithm.needs_groups:
+            raise ValueError(
+                f"trainer.samples_per_prompt is 1, but the advantage {self.algorithm.advantage} compares responses to "
+                "one prompt, so all would be 0; set at least 2."
+            )
 
     def export_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights as an engine takes them."""
@@ -66,26 +74,34 @@ class RFTModule(LightningModule):
         """The actor's own: an optimizer, or a dict with it and its schedule, as Lightning takes them."""
         return self.actor.configure_optimizers()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The actor's weights; the reference is loaded from where it started."""
-        return self.actor.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        return self.actor.load_state_dict(state_dict, strict=strict, assign=assign)
-
 
 def optimizer_and_scheduler(configured: Any) -> tuple[torch.optim.Optimizer, Any]:
     """What ``configure_optimizers`` returned as ``(optimizer, scheduler or None)``.
 
     Raises:
-        ValueError: another form than one optimizer, or a dict of it and a schedule.
+        ValueError: another form than one optimizer, or a dict of it and a schedule that is stepped with it.
     """
     if isinstance(configured, torch.optim.Optimizer):
         return configured, None
     if isinstance(configured, dict) and isinstance(configured.get("optimizer"), torch.optim.Optimizer):
         schedule = configured.get("lr_scheduler")
-        return configured["optimizer"], schedule["scheduler"] if isinstance(schedule, dict) else schedule
+        if isinstance(schedule, dict):
+            _check_schedule(schedule)
+            schedule = schedule["scheduler"]
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau waits for a metric; choose a schedule of the optimizer's steps.")
+        return configured["optimizer"], schedule
     raise ValueError(
         "configure_optimizers() must return an optimizer, or a dict with 'optimizer' and optionally 'lr_scheduler'; "
         f"got {type(configured).__name__}."
     )
+
+
+def _check_schedule(schedule: dict[str, Any]) -> None:
+    wanted = {"interval": "step", "frequency": 1}
+    for key, value in wanted.items():
+        if schedule.get(key, value) != value:
+            raise ValueError(
+                f"lr_scheduler has {key}={schedule[key]!r}, but RFTTrainer steps it after each optimizer step; "
+                f"set {key}={value!r}."
+            )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.loggers import CSVLogger, Logger
 from lightning.fabric.strategies import Strategy
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightrft import checkpoint
 from lightrft.analysis import Metrics, add_rollout_metrics
@@ -177,12 +179,15 @@ class RFTTrainer:
 
     def call(self, hook: str, **arguments: Any) -> None:
         """Announce a moment to every callback, in the order of the list."""
+        for method in self._listening(hook, **arguments):
+            method()
+
+    def _listening(self, hook: str, **arguments: Any) -> list[partial[None]]:
         if hook not in HOOKS:
             raise AttributeError(f"{hook!r} is no hook of RFTCallback; declare it there first.")
-        for callback in self.callbacks:
-            # Lightning's own callbacks (the CLI's SaveConfigCallback) do not declare our new hooks.
-            if (method := getattr(callback, hook, None)) is not None:
-                method(trainer=self, pl_module=self.model, **arguments)
+        # Lightning's own callbacks (the CLI's SaveConfigCallback) do not declare our new hooks.
+        methods = [getattr(callback, hook) for callback in self.callbacks if hasattr(callback, hook)]
+        return [partial(method, trainer=self, pl_module=self.model, **arguments) for method in methods]
 
     # --- entry points ------------------------------------------------------------------------------------------------
 
@@ -249,26 +254,14 @@ class RFTTrainer:
             yield
         except BaseException as error:
             failure = error
-            self._wind_up("on_exception", exception=error)
+            _try_all(self._listening("on_exception", exception=error))
             raise
         finally:
-            again = self._wind_up("teardown", stage=stage)
-            self.model.scorer.close()
-            for logger in self.loggers:
-                logger.finalize("failed" if failure else "success")
-            if again and not failure:
-                raise again
-
-    def _wind_up(self, hook: str, **arguments: Any) -> Exception | None:
-        """As :meth:`call`, to every callback whichever raises; returns the first error, so that it hides no earlier one."""
-        first: Exception | None = None
-        for callback in self.callbacks:
-            try:
-                getattr(callback, hook)(trainer=self, pl_module=self.model, **arguments)
-            except Exception as error:
-                rank_zero_warn(f"{type(callback).__name__}.{hook} raised {type(error).__name__}: {error}")
-                first = first or error
-        return first
+            status = "failed" if failure else "success"
+            closing = [model.scorer.close, *(partial(logger.finalize, status) for logger in self.loggers)]
+            error_in_closing = _try_all([*self._listening("teardown", stage=stage), *closing])
+            if error_in_closing and not failure:
+                raise error_in_closing
 
     def _set_up(self, stage: str, ckpt_path: str | None) -> None:
         fabric = self.fabric
@@ -279,7 +272,9 @@ class RFTTrainer:
             self.model.configure_model()
         self.datamodule.attach(self.model.tokenizer, self.seed, fabric.global_rank, fabric.world_size)
         self.datamodule.setup(stage)
-        self.model.check_labels(self.datamodule.labels())
+        self.model.check_labels(self.datamodule.labels(), complete=stage == "fit")
+        if stage == "fit":
+            self.model.check_group_size(self.samples_per_prompt)
         self.learner = Learner(fabric, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
         self.prompts = self.datamodule.train_dataloader() if stage == "fit" else None
         for logger in self.loggers:
@@ -453,10 +448,12 @@ class RFTTrainer:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: the run it came from has another seed, other sizes, or another number of ranks.
+            ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or another
+                number of ranks.
         """
+        identity = self._identity()
         for name, was in state["run"].items():
-            if (now := self._identity()[name]) != was:
+            if (now := identity.get(name)) != was:
                 raise ValueError(
                     f"The checkpoint was written with {name}={was}, this run has {now}; set it back, or start anew."
                 )
@@ -474,7 +471,8 @@ class RFTTrainer:
 
     def _identity(self) -> dict[str, Any]:
         names = ("seed", "prompts_per_iteration", "samples_per_prompt", "responses_per_update", "epochs_per_iteration")
-        return {name: getattr(self, name) for name in names} | {"ranks": self.fabric.world_size}
+        sizes = {name: getattr(self, name) for name in names}
+        return sizes | self.learner.settings | {"ranks": self.fabric.world_size}
 
     def _check_sizes(self) -> None:
         sizes = ("max_iterations", "prompts_per_iteration", "samples_per_prompt", "responses_per_update")
@@ -499,6 +497,19 @@ class RFTTrainer:
                 f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
                 f"{ranks} ranks; make it a multiple of {ranks}."
             )
+
+
+def _try_all(steps: Sequence[Callable[[], Any]]) -> Exception | None:
+    """Take every step although some raise; returns the first error, to be raised if that hides no earlier one."""
+    first: Exception | None = None
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            name = getattr(getattr(step, "func", step), "__qualname__", step)
+            warnings.warn(f"While ending the run, {name} raised {type(error).__name__}: {error}", stacklevel=2)
+            first = first or error
+    return first
 
 
 def check_validation_sampling(samples_per_prompt: int, temperature: float) -> None:

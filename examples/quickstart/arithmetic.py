@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 END = "<|endoftext|>"
 TOKENS = ["<pad>", END, *"0123456789+="]
 HELD_OUT = 1000
+LESSONS = 40_000
+# Above a half: the likeliest answer of a good pupil forgets. Well below one: a sampled answer remembers now and then.
+FORGETS = 0.7
 
 Pair = tuple[int, int]
 
@@ -48,9 +51,21 @@ def write_prompts(path: Path, pairs: Iterable[Pair]) -> None:
     _write(path, records)
 
 
-def write_lessons(path: Path, pairs: Iterable[Pair]) -> None:
-    """What supervised learning sees: the question and its answer."""
-    _write(path, [{"prompt": question(p), "response": str(sum(p))} for p in pairs])
+def write_lessons(path: Path, pairs: list[Pair], seed: int) -> None:
+    """What supervised learning sees: questions answered by a teacher who often forgets to carry."""
+    rng = random.Random(seed)
+    lessons = [rng.choice(pairs) for _ in range(LESSONS)]
+    _write(path, [{"prompt": question(p), "response": str(careless_sum(p, rng))} for p in lessons])
+
+
+def careless_sum(pair: Pair, rng: random.Random) -> int:
+    """Column addition in which each carry is forgotten with probability ``FORGETS``."""
+    total, carry = 0, 0
+    for place in (1, 10):
+        column = pair[0] // place % 10 + pair[1] // place % 10 + carry
+        carry = int(column > 9 and rng.random() >= FORGETS)
+        total += column % 10 * place
+    return total + 100 * carry
 
 
 def _write(path: Path, records: list[dict[str, str]]) -> None:

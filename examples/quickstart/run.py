@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ def prepare(root: Path, seed: int) -> None:
     """Tokenizer, lessons for supervised learning, prompts for reinforcement, held-out prompts."""
     train, held_out = arithmetic.split_pairs(seed)
     arithmetic.write_tokenizer(root / "tokenizer")
-    arithmetic.write_lessons(root / "lessons.jsonl", train)
+    arithmetic.write_lessons(root / "lessons.jsonl", train, seed)
     arithmetic.write_prompts(root / "train.jsonl", train)
     arithmetic.write_prompts(root / "held_out.jsonl", held_out)
     print(f"{len(train)} training and {len(held_out)} held-out sums under {root}")
@@ -81,16 +82,16 @@ def lightrft(command: str, config: str, overrides: dict[str, object]) -> None:
     arguments += [f"--{key}={value}" for key, value in overrides.items()]
     print("\n$ lightrft " + " ".join(arguments), flush=True)
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-m", "lightrft.cli", *arguments], env=with_path(here), check=False)
+    paths = [str(here), os.environ.get("PYTHONPATH", "")]  # here: the control's rewards
+    environment = {
+        # Threads that spin while another program holds a core make every step several times slower.
+        "OMP_WAIT_POLICY": "passive",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    done = subprocess.run([sys.executable, "-m", "lightrft.cli", *arguments], env=environment, check=False)
     if done.returncode:
         sys.exit(done.returncode)
-
-
-def with_path(folder: Path) -> dict[str, str]:
-    """The environment, in which Python also finds this folder's modules (the control's rewards)."""
-    import os
-
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
 
 
 def report(root: Path, seconds: float) -> None:

@@ -45,3 +45,5 @@ ADVANTAGES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "group_norm": group_norm,
     "group_mean": group_mean,
 }
+GROUP_ADVANTAGES = frozenset({"group_norm", "group_mean"})
+"""Those that are 0 in a group of one."""

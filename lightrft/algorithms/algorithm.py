@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightrft.algorithms.advantages import ADVANTAGES
+from lightrft.algorithms.advantages import ADVANTAGES, GROUP_ADVANTAGES
 from lightrft.algorithms.aggregation import Aggregation, StepTotals, token_weights
 from lightrft.algorithms.kl import KL_ESTIMATORS, k1
 from lightrft.algorithms.policy_loss import clipped_ratio_loss, log_ratio
@@ -63,6 +63,11 @@ class Algorithm:
     def needs_reference(self) -> bool:
         """Whether the frozen reference's log-probs enter the loss."""
         return self.kl_in_loss != "none"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a response's advantage comes from comparing it with others to its prompt."""
+        return self.advantage in GROUP_ADVANTAGES
 
     def advantages(self, batch: Batch) -> Tensor:
         """Advantage of every trained token of the iteration's responses: float32 ``[B, T]``, 0 elsewhere."""

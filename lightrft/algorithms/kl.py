@@ -1,4 +1,4 @@
-"""Per-token estimators of KL(policy || reference) from samples of the policy (Schulman 2020, "Approximating KL divergence").
+"""Per-token estimators of KL(policy || reference) from samples of the policy (Schulman 2020, blog: KL approximation).
 
 ``delta = log_probs - log_probs_reference``, shape ``[B, T]``, nats, at least float32.
 """

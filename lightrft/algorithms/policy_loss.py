@@ -12,7 +12,9 @@ def log_ratio(log_probs: Tensor, log_probs_old: Tensor) -> Tensor:
 
 
 def clipped_ratio_loss(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """``-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)`` (PPO, arXiv 1707.06347; clip-higher, 2503.14476).
+    """``-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)`` (PPO, arXiv 1707.06347).
+
+    Different bounds are the clip-higher of DAPO (arXiv 2503.14476).
 
     Args:
         log_ratio: ``[B, T]``, from :func:`log_ratio`.

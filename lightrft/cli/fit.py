@@ -45,9 +45,17 @@ class RFTCLI(LightningCLI):
         parser.add_lightning_class_args(self._model_class, "model")
         parser.add_lightning_class_args(self._datamodule_class, "data")
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("seed_everything", "trainer.seed", compute_fn=_seed_of_run)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {"fit": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
+
+
+def _seed_of_run(seed_everything: bool | int) -> int | None:
+    """``true`` and ``false`` name no seed."""
+    return None if isinstance(seed_everything, bool) else seed_everything
 
 
 def main(args: ArgsType = None) -> None:

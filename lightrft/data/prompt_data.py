@@ -28,8 +28,7 @@ class PromptData(LightningDataModule):
         max_prompt_tokens: longer prompts are bad records; media count as their placeholders.
         on_bad_record: ``raise`` before training, or ``skip`` those records and warn with their number and the first
             three reasons.
-        shuffle: draw the training prompts in random order, another one each epoch.
-        seed: seed of that order; ``null`` takes the run's.
+        shuffle: draw the training prompts in random order, another one for each epoch and seed of the run.
 
     Attributes:
         bad_records: why records were skipped, each reason with ``source/row``.
@@ -48,7 +47,6 @@ class PromptData(LightningDataModule):
         max_prompt_tokens: int | None = None,
         on_bad_record: OnBadRecord = "raise",
         shuffle: bool = True,
-        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.train = sources_of(train, "train")
@@ -58,11 +56,10 @@ class PromptData(LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.on_bad_record = on_bad_record
         self.shuffle = shuffle
-        self.seed = seed
         self.bad_records: list[str] = []
         self._probabilities = _probabilities(self.train)
         self._chat: Chat | None = None
-        self._run_seed, self._rank, self._world_size = 0, 0, 1
+        self._seed, self._rank, self._world_size = 0, 0, 1
         self._sets: dict[str, list[PromptSet]] = {}
         if any(source.probability is not None for source in self.val):
             raise ValueError("val sources are evaluated in full, not drawn; remove their probability.")
@@ -74,7 +71,7 @@ class PromptData(LightningDataModule):
 
         Args:
             tokenizer: ``PreTrainedTokenizerBase`` of the actor.
-            seed: the run's seed, used where ``seed`` is not given.
+            seed: the run's seed, of the order in which prompts are drawn.
             rank: which share of the prompts is this process's.
             world_size: number of shares.
 
@@ -82,7 +79,7 @@ class PromptData(LightningDataModule):
             ValueError: the tokenizer has no chat template but one is needed.
         """
         self._chat = Chat.of(tokenizer, self.chat_template, self.system_prompt)
-        self._run_seed, self._rank, self._world_size = seed, rank, world_size
+        self._seed, self._rank, self._world_size = seed, rank, world_size
         self._sets, self.bad_records = {}, []
 
     def setup(self, stage: str | None = None) -> None:
@@ -112,8 +109,7 @@ class PromptData(LightningDataModule):
         sets = self._loaded("train")
         if not sets:
             raise RuntimeError("There is nothing to train on; give data.train a source.")
-        seed = self._run_seed if self.seed is None else self.seed
-        return PromptStream(sets, self._probabilities, seed, self.shuffle, self._rank, self._world_size)
+        return PromptStream(sets, self._probabilities, self._seed, self.shuffle, self._rank, self._world_size)
 
     def val_dataloader(self) -> list[Prompt]:
         """This rank's evaluation prompts: of all, in order, every ``world_size``-th from ``rank`` on.

@@ -146,12 +146,22 @@ class SupervisedSet(Dataset):
             raise BadRecord("it holds media, which supervised data cannot teach; leave them out")
 
 
+_PARTS: dict[str | None, tuple[str, ...]] = {
+    None: ("train", "val", "test"),
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+
+
 class SupervisedData(LightningDataModule):
     """Conversations to learn, for Lightning's own Trainer; the loss is on the assistant's tokens only.
 
     Args:
         train: sources of the conversations learned; several are one pool.
-        val: sources of the conversations evaluated on.
+        val: sources of the conversations evaluated on while training.
+        test: sources for the commands ``test`` and ``predict``.
         batch_size: sequences of a batch, on each device, as in any DataLoader; a batch is one optimizer step.
         tokens_per_microbatch: most tokens of one forward; the step splits its batch by it, which changes no gradient.
         max_tokens: longer sequences are bad records; none is cut, since a cut one would teach never to end.
@@ -174,6 +184,7 @@ class SupervisedData(LightningDataModule):
         self,
         train: list[SupervisedSource] | SupervisedSource | None = None,
         val: list[SupervisedSource] | SupervisedSource | None = None,
+        test: list[SupervisedSource] | SupervisedSource | None = None,
         batch_size: int = 8,
         tokens_per_microbatch: int = 16384,
         max_tokens: int | None = None,
@@ -186,6 +197,7 @@ class SupervisedData(LightningDataModule):
         super().__init__()
         self.train = sources_of(train, "train")
         self.val = sources_of(val, "val")
+        self.test = sources_of(test, "test")
         self.batch_size = batch_size
         self.tokens_per_microbatch = tokens_per_microbatch
         self.max_tokens = max_tokens
@@ -206,16 +218,16 @@ class SupervisedData(LightningDataModule):
                 raise ValueError(f"{key} is {value}; it must be at least {least}.")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and check the records: all of them, or those of ``val`` alone for the stage ``validate``.
+        """Load and check the records that the stage needs; ``None`` is all.
 
         Raises:
             RuntimeError: there is no tokenizer.
             FileNotFoundError: there are no such data.
             ValueError: records cannot be used; names the first three.
         """
-        for part, sources in (("train", self.train), ("val", self.val)):
-            if part not in self._sets and not (part == "train" and stage == "validate"):
-                self._sets[part] = [self._load(source) for source in sources]
+        for part in _PARTS[stage]:
+            if part not in self._sets:
+                self._sets[part] = [self._load(source) for source in getattr(self, part)]
 
     def train_dataloader(self) -> DataLoader:
         """Batches in random order, another one each epoch; each rank gets its share.
@@ -236,6 +248,21 @@ class SupervisedData(LightningDataModule):
         """Batches in order; Lightning gives each rank its share. No loader without val sources."""
         data = self._loaded("val")
         return self._loader(data) if len(data) else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of the test sources, in order.
+
+        Raises:
+            RuntimeError: there are no test sources, or :meth:`setup` has not been called.
+        """
+        data = self._loaded("test")
+        if not len(data):
+            raise RuntimeError("There is nothing to test on or to predict; give data.test a source.")
+        return self._loader(data)
+
+    def predict_dataloader(self) -> DataLoader:
+        """As :meth:`test_dataloader`."""
+        return self.test_dataloader()
 
     def _load(self, source: SupervisedSource) -> SupervisedSet:
         chat = Chat.of(self._tokenizer(), self.chat_template)

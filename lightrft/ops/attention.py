@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,10 +36,9 @@ def varlen_attention(
 
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         reach = (window - 1 if window else -1, 0)
-        grouped = query.shape[1] != key.shape[1]
-        return varlen_attn(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=reach, enable_gqa=grouped
-        )
+        options: dict[str, Any] = {"window_size": reach, "enable_gqa": query.shape[1] != key.shape[1]}
+        out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options)
+        return cast(Tensor, out)
     return _padded_attention(query, key, value, cu_seqlens, scale, window)
 
 

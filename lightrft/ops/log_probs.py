@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class _LogProbEntropy(torch.autograd.Function):
-    """``log_softmax`` at the target, and entropy, keeping one copy of the logits instead of the four of plain autograd."""
+    """``log_softmax`` at the target, and entropy; keeps one copy of the logits where plain autograd keeps four."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class MathAccuracy(Reward):
         if workers < 1:
             raise ValueError(f"workers is {workers!r}; it must be at least 1.")
         if importlib.util.find_spec("math_verify") is None:
-            raise ModuleNotFoundError("MathAccuracy needs math-verify: pip install lightning-rft[math]")
+            raise ModuleNotFoundError("MathAccuracy needs math-verify; install it with `pip install math-verify`.")
         self.answer = answer
         self.seconds_per_answer = seconds_per_answer
         self.workers = workers

@@ -64,14 +64,27 @@ class Scorer:
         self.on_no_score = on_no_score
         self.no_score_value = no_score_value
 
-    def check_labels(self, labels: Iterable[str | None]) -> None:
+    def check_labels(self, labels: Iterable[str | None], complete: bool = False) -> None:
         """Raise ``ValueError`` for a label without a recipe, before anything is trained or generated.
 
         Built-in recipes among them are built here, so a package they need and lack is named here too
         (``ModuleNotFoundError``).
+
+        Args:
+            labels: of the prompts.
+            complete: whether they are those of all prompts; a recipe for another label, which nothing would use, is
+                then refused too.
         """
-        for label in dict.fromkeys(labels):
+        labels = list(dict.fromkeys(labels))
+        for label in labels:
             self._recipe(label)
+        names = [_DEFAULT if label is None else label for label in labels]
+        unused = [name for name in self.recipes if name not in names]
+        if complete and unused:
+            raise ValueError(
+                f"No prompt has the label {unused[0]!r}, so its reward recipe would have no effect (labels are: "
+                f"{', '.join(sorted(names))}); correct the label or remove the recipe."
+            )
 
     def score(self, rollout: Rollout) -> dict[str, float]:
         """Fill ``reward``, ``reward_parts`` and ``dropped`` of every response, in place.

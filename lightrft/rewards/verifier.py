@@ -111,7 +111,7 @@ class Verifier:
             alive = worker.receive(verdicts) if worker.output.fileno() in heard else worker.in_time(verdicts)
             if not alive:
                 self._running.remove(worker)
-                todo.extendleft(reversed(worker.jobs))
+                todo.extend(worker.jobs)
                 worker.end()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from lightning.fabric import Fabric
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ class Sharding:
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
+
+    def over_ranks(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
+        """Sum or largest of each element over ranks, on this rank's device. Collective."""
+        return cast(Tensor, self.fabric.all_reduce(values.to(self.fabric.device), reduce_op=operation))
 
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """Prepare a trained module and its optimizer; returns the pair to call and to step."""

@@ -22,18 +22,28 @@ from lightrft.rewards import MathAccuracy, RewardInput, verifier
 STALLS = r"\boxed{9^{9^{9^{9}}}}"
 
 
-def workers_of(pid: int) -> set[int]:
-    """Processes of the verifier whose parent is ``pid``."""
+def children_of(pid: int) -> set[int]:
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            command = (folder / "cmdline").read_bytes()
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if b"verify_worker.py" in command and parent == pid:
+        if parent == pid:
             found.add(int(folder.name))
     return found
+
+
+def workers_of(pid: int) -> set[int]:
+    """Processes of the verifier that ``pid`` has started."""
+    return {child for child in children_of(pid) if b"verify_worker.py" in command_of(child)}
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def is_running(pid: int) -> bool:
@@ -126,7 +136,8 @@ def test_the_last_expression_counts_when_asked_for() -> None:
 
 def test_an_answer_equal_to_the_reference_needs_no_worker() -> None:
     before = my_workers()
-    assert MathAccuracy().score_all([boxed(" 5 "), boxed(r"\odd{1}", r"\odd{1}"), boxed("")]) == [1.0, 1.0, 0.0]
+    reward = MathAccuracy()
+    assert reward.score_all([boxed(" 5 "), boxed(r"\odd{1}", r"\odd{1}"), boxed("")]) == [1.0, 1.0, 0.0]
     assert my_workers() == before
 
 
@@ -148,7 +159,7 @@ def test_a_stalling_answer_earns_nothing_and_the_others_of_its_batch_their_due(s
     assert short.take_counters() == {"timeouts": 0.0, "worker_deaths": 0.0}
 
 
-def test_every_response_with_a_stalling_answer_is_counted_but_it_stalls_once(short: MathAccuracy) -> None:
+def test_every_response_with_a_stalling_answer_is_counted(short: MathAccuracy) -> None:
     assert short.score_all([RewardInput(STALLS, reference="5")] * 20) == [0.0] * 20
     assert short.take_counters()["timeouts"] == 20.0
 
@@ -221,6 +232,24 @@ for line in sys.stdin:
     reward = MathAccuracy(seconds_per_answer=60.0, workers=1)
     assert reward.score_all([boxed("1"), boxed("crash"), boxed("2"), boxed("3")]) == [1.0, 0.0, 1.0, 1.0]
     assert reward.take_counters() == {"timeouts": 0.0, "worker_deaths": 1.0}
+    reward.close()
+
+
+def test_equal_answers_are_verified_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "seen"
+    program = f"""
+import json, os, sys
+sys.stdin.readline()
+os.write(1, b"r")
+for line in sys.stdin:
+    for reference, text, boxed in json.loads(line):
+        print(text, file=open({str(log)!r}, "a"), flush=True)
+        os.write(1, b"1")
+"""
+    use_program(monkeypatch, tmp_path / "verify_worker.py", program)
+    reward = MathAccuracy(seconds_per_answer=60.0, workers=1)
+    assert reward.score_all([boxed(answer) for answer in "1213121"]) == [1.0] * 7
+    assert sorted(log.read_text().split()) == ["1", "2", "3"]
     reward.close()
 
 
@@ -298,9 +327,9 @@ while reward.score(item) != 1.0:
 """
 
 
-def start(*lines: str) -> subprocess.Popen[str]:
-    """A training script without a ``__main__`` guard that has a worker, goes on with ``lines``, and then waits."""
-    program = SCRIPT + "\n".join([*lines, "print('going', flush=True)", "sys.stdin.read()"])
+def start(*lines: str, then: str = "") -> subprocess.Popen[str]:
+    """A training script without a ``__main__`` guard: has a worker, runs ``lines``, waits for us, and runs ``then``."""
+    program = SCRIPT + "\n".join([*lines, "print('going', flush=True)", "sys.stdin.read()", then])
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -353,13 +382,28 @@ def test_a_script_that_ends_leaves_no_worker_behind() -> None:
 
 def test_a_forked_process_scores_with_its_own_workers_and_leaves_its_parents_alone() -> None:
     process = start(
+        "again, ready = RewardInput(r'\\boxed{1+4}', reference='5'), os.pipe()",
         "child = os.fork()",
-        "again = RewardInput(r'\\boxed{1+4}', reference='5')",
-        "right = 1.0 in [reward.score(again) for _ in range(3)]",
-        "if not child: sys.exit(not right)",
-        "assert right and os.waitpid(child, 0)[1] == 0",
+        "if not child: score = reward.score(again); os.write(ready[1], b'.'); sys.stdin.read(); sys.exit(score != 1.0)",
+        "os.read(ready[0], 1)",
+        then="assert os.waitpid(child, 0)[1] == 0 and reward.score(again) == 1.0; "
+        "print(reward._verifier._running[0].process.pid)",
     )
-    assert len(workers_of(process.pid)) == 1
+    (worker,) = workers_of(process.pid)
+    (child,) = children_of(process.pid) - {worker}
+    assert len(workers_of(child)) == 1
+    assert process.communicate()[0] == f"{worker}\n"  # still the same one
+    assert process.returncode == 0
+
+
+def test_a_process_forked_while_a_thread_is_scoring_can_score() -> None:
+    process = start(
+        STALL,
+        "while not reward._verifier._lock.locked(): pass",
+        "child = os.fork()",
+        "if not child: import signal; signal.alarm(60); sys.exit(reward.score(item) != 1.0)",
+        "assert os.waitpid(child, 0)[1] == 0",
+    )
     process.communicate()
     assert process.returncode == 0
 

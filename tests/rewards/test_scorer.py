@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,14 @@ class Batched(Reward):
     def score_all(self, items: Sequence[RewardInput]) -> list[float | None]:
         self.sizes.append(len(items))
         return [number(item) for item in items] + [0.0] * self.extra
+
+
+class Constant(Reward):
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def score(self, item: RewardInput) -> float:
+        return self.value
 
 
 class Counting(Batched):
@@ -117,10 +126,7 @@ finite = st.floats(-1e6, 1e6)
 
 @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=5))
 def test_the_reward_is_the_weighted_sum_and_the_parts_are_unweighted(pairs: list[tuple[float, float]]) -> None:
-    components = [
-        Component(FunctionReward(lambda item, score=score: score), weight, f"part_{k}")
-        for k, (weight, score) in enumerate(pairs)
-    ]
+    components = [Component(Constant(score), weight, f"part_{k}") for k, (weight, score) in enumerate(pairs)]
     rollout = one_response()
     counters = scorer_of(*components).score(rollout)
     response = rollout.groups[0][0]
@@ -323,6 +329,13 @@ def test_contradictory_settings_are_refused(options: dict[str, Any], sentence: s
 def test_a_component_without_a_usable_weight_or_name_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"weight|name"):
         Component(ExactMatch(), **arguments)
+
+
+def test_only_the_recipes_that_use_math_verify_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    Scorer().check_labels(["exact_match"])
+    with pytest.raises(ModuleNotFoundError, match="pip install math-verify"):
+        Scorer().check_labels(["gsm8k_rule"])
 
 
 def test_two_of_a_kind_are_told_apart_by_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from lightrft.callbacks import (
     WeightSync,
 )
 from lightrft.data import PromptData, Source
-from lightrft.engines import TransformersEngine
+from lightrft.engines import Engine, TransformersEngine
 from lightrft.lightning_modules import ActorModule
 from lightrft.module import RFTModule
+from lightrft.rewards import Component, FunctionReward, RewardInput, Scorer
 from lightrft.samples import Sampling
 from lightrft.trainer import RFTTrainer
 
@@ -60,24 +62,28 @@ def write_inputs(folder: Path) -> Path:
 
 
 def actor(folder: Path, lr: float = 1e-2, **options: Any) -> ActorModule:
-    return ActorModule(
-        config=QWEN2,
-        tokenizer=str(folder / "tokenizer"),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=lr),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "config": QWEN2,
+        "tokenizer": str(folder / "tokenizer"),
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=lr),
+        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
+    }
+    return ActorModule(**settings | options)
 
 
-def module(folder: Path, **options: Any) -> RFTModule:
+def module(
+    folder: Path, algorithm: Algorithm | None = None, scorer: Scorer | None = None, **options: Any
+) -> RFTModule:
     # Rewards that differ within groups from the first step on: an untrained model is never right.
-    from lightrft.rewards import Component, FunctionReward, Scorer
-
-    scorer = Scorer(recipes={"exact_match": [Component(FunctionReward(shortness), name="shortness")]})
-    return RFTModule(actor(folder, **options), Algorithm(kl_coefficient=0.05), scorer)
+    algorithm = algorithm or Algorithm(kl_coefficient=0.05)
+    return RFTModule(actor(folder, **options), algorithm, scorer or scoring(shortness))
 
 
-def shortness(item: Any) -> float:
+def scoring(reward: Callable[[RewardInput], float | None], **policy: Any) -> Scorer:
+    return Scorer({"exact_match": [Component(FunctionReward(reward), name="shortness")]}, **policy)
+
+
+def shortness(item: RewardInput) -> float:
     """Fewer digits score higher; some responses of an untrained model do."""
     return 1.0 / (1 + len(item.response)) + (item.response[:1] == (item.reference or "")[:1])
 
@@ -88,7 +94,16 @@ def data(folder: Path) -> PromptData:
     )
 
 
-def trainer(root: Path, callbacks: list[RFTCallback] | None = None, **options: Any) -> RFTTrainer:
+def sampler(engine: Engine | None = None, **sampling: Any) -> Rollout:
+    return Rollout(engine or TransformersEngine(), Sampling(**{"max_new_tokens": 5, **sampling}))
+
+
+def trainer(
+    root: Path,
+    callbacks: Sequence[RFTCallback] = (),
+    usual: Sequence[RFTCallback] | None = None,
+    **options: Any,
+) -> RFTTrainer:
     """Three iterations of two updates; further callbacks come after the usual ones."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
@@ -101,16 +116,37 @@ def trainer(root: Path, callbacks: list[RFTCallback] | None = None, **options: A
         "tokens_per_microbatch": 40,
         **options,
     }
-    usual: list[RFTCallback] = [
-        Rollout(TransformersEngine(), Sampling(max_new_tokens=5)),
-        WeightSync(),
-        EngineSleepWake(),
-        Throughput(),
-        KLController(target=0.05, horizon=200),
-        Validation(every_n_iterations=2),
-        TrajectoryWriter(token_ids=True),
-    ]
-    return RFTTrainer(callbacks=usual + (callbacks or []), **settings)
+    if usual is None:
+        usual = [
+            sampler(),
+            WeightSync(),
+            EngineSleepWake(),
+            Throughput(),
+            KLController(target=0.05, horizon=200),
+            Validation(every_n_iterations=2),
+            TrajectoryWriter(token_ids=True),
+        ]
+    return RFTTrainer(callbacks=[*usual, *callbacks], **settings)
+
+
+def fit(
+    inputs: Path,
+    root: Path,
+    callbacks: Sequence[RFTCallback] = (),
+    usual: Sequence[RFTCallback] | None = None,
+    model: RFTModule | None = None,
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> RFTTrainer:
+    """A whole run; ``options`` are the trainer's."""
+    run = trainer(root, callbacks, usual, **options)
+    run.fit(model or module(inputs), data(inputs), ckpt_path)
+    return run
+
+
+def weights(run: RFTTrainer) -> dict[str, torch.Tensor]:
+    """The policy's, as a copy."""
+    return {name: tensor.detach().clone() for name, tensor in run.model.export_parameters()}
 
 
 def checkpoints(**options: Any) -> RFTCheckpoint:

@@ -1,0 +1,78 @@
+"""What the README shows is what runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What ``make quickstart`` leaves for later runs, with an untrained model."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    import arithmetic
+
+    root = Path("runs/quickstart")
+    train, held_out = arithmetic.split_pairs(0)
+    arithmetic.write_tokenizer(root / "tokenizer")
+    arithmetic.write_prompts(root / "train.jsonl", train)
+    arithmetic.write_prompts(root / "held_out.jsonl", held_out[:20])
+    tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("qwen2", vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "supervised" / "huggingface")
+    tokenizer.save_pretrained(root / "supervised" / "huggingface")
+    return tmp_path
+
+
+def test_the_python_example_runs(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("python")
+    exec(compile(example.replace("max_iterations=10", "max_iterations=1"), "README.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 1
+
+
+def test_the_yaml_example_is_accepted_as_it_stands(tmp_path: Path) -> None:
+    (example,) = blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(example)
+    command = [sys.executable, "-m", "lightrft.cli", "fit", "--config", str(tmp_path / "mine.yaml"), "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "class_path: lightrft.engines.TransformersEngine" in done.stdout
+
+
+def test_the_commands_name_files_and_options_that_exist() -> None:
+    commands = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for command in commands:
+        if command[0] == "make":
+            assert command[1] in targets
+        for argument in command:
+            assert not argument.startswith("configs/") or (ROOT / argument).is_file()
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_quickstart_runs_whole_in_its_short_form(tmp_path: Path) -> None:
+    run = [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--short", "--root", str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out accuracy after" in done.stdout
+    left = next(tmp_path.glob("rl/version_0"))
+    for artefact in ("metrics.csv", "config.yaml", "summary.json", "trajectories", "checkpoints", "huggingface"):
+        assert (left / artefact).exists(), artefact
