@@ -1,0 +1,89 @@
+"""Packed rows hold every sequence once, compute no padding, and lead back to [B, T]."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightrft.ops import pack, pad, split_by_tokens
+
+Case = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Case:
+    """Ragged sequences with prompts of 1 to 4 tokens, responses of 0 to 5, and any mask inside the responses."""
+    prompts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+    responses = [draw(st.integers(0, 5)) for _ in prompts]
+    sequences = [torch.arange(100 * i, 100 * i + p + r) for i, (p, r) in enumerate(zip(prompts, responses))]
+    mask = torch.zeros(len(prompts), 5, dtype=torch.bool)
+    for row, length in enumerate(responses):
+        mask[row, :length] = torch.tensor(draw(st.lists(st.booleans(), min_size=length, max_size=length)), dtype=torch.bool)
+    return sequences, torch.tensor(prompts), mask
+
+
+@given(batches())
+def test_predictions_are_the_positions_before_the_trained_tokens(case: Case) -> None:
+    sequences, prompt_lengths, mask = case
+    packed = pack(*case)
+    targets = packed.scatter(packed.input_ids[packed.predict + 1])
+    for row, column in mask.nonzero().tolist():
+        assert targets[row, column] == sequences[row][prompt_lengths[row] + column]
+    assert not targets[~mask].any() or mask.all()
+    assert len(packed.predict) == int(mask.sum())
+
+
+@given(batches())
+def test_only_sequences_with_something_to_train_on_are_packed(case: Case) -> None:
+    sequences, _, mask = case
+    packed = pack(*case)
+    used = [s for s, trained in zip(sequences, mask.any(-1).tolist()) if trained] or sequences[:1]
+    assert torch.equal(packed.input_ids, torch.cat(used))
+    assert torch.equal(packed.position_ids, torch.cat([torch.arange(len(s)) for s in used]))
+    assert packed.cu_seqlens.tolist() == [0, *torch.tensor([len(s) for s in used]).cumsum(0).tolist()]
+    assert packed.cu_seqlens.dtype == torch.int32
+
+
+@given(batches())
+def test_scatter_is_differentiable_and_zero_elsewhere(case: Case) -> None:
+    packed = pack(*case)
+    values = torch.arange(1.0, 1 + len(packed.predict), requires_grad=True)
+    padded = packed.scatter(values)
+    assert padded.shape == case[2].shape
+    assert torch.equal(padded != 0, case[2])
+    padded.sum().backward()
+    assert torch.equal(values.grad, torch.ones_like(values))
+
+
+@given(batches())
+def test_pad_keeps_every_token_once_in_order(case: Case) -> None:
+    packed = pack(*case)
+    padded, mask = pad(packed.input_ids, packed.cu_seqlens)
+    assert torch.equal(padded[mask], packed.input_ids)
+    assert not padded[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "column"), [(0, 0), (2, 3)], ids=["first token of a sequence", "past the end of the sequence"]
+)
+def test_a_trained_token_outside_its_sequence_is_refused(prompt: int, column: int) -> None:
+    mask = torch.zeros(1, 4, dtype=torch.bool)
+    mask[0, column] = True
+    with pytest.raises(ValueError, match="outside its sequence"):
+        pack([torch.arange(4)], torch.tensor([prompt]), mask)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
+def test_split_takes_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    parts = split_by_tokens(lengths, budget)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in part) <= budget or len(part) == 1 for part in parts)
+    assert parts == split_by_tokens(lengths, budget)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+def test_split_needs_one_part_where_all_fits(lengths: list[int]) -> None:
+    assert split_by_tokens(lengths, sum(lengths)) == [list(range(len(lengths)))]
