@@ -24,7 +24,7 @@ from lightrft.ops import Packed, log_probs_and_entropy, pack, pad, split_by_toke
 
 
 class ActorModule(LightningModule):
-    """Any causal language model of ``transformers``.
+    """Any causal language model of ``transformers``, its dropout switched off.
 
     The constructor is cheap; weights and tokenizer load in :meth:`configure_model`.
 
@@ -117,7 +117,7 @@ class ActorModule(LightningModule):
 
     def export_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names of the plain ``transformers`` model and its weights, adapters merged; tied weights once."""
-        return pretrained.merged_parameters(self.transformer)
+        return pretrained.merged_weights(self.transformer)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights (adapters merged), configuration, tokenizer."""

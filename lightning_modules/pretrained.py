@@ -28,7 +28,7 @@ class LoRA:
 
 
 def load_model(name_or_path: str | None, config: dict[str, Any] | None, attention: str) -> PreTrainedModel:
-    """Weights by name or folder, or fresh weights of a config; float32 (the trainer's precision converts).
+    """Weights by name or folder, or fresh weights of a config; float32 (the trainer's precision converts), no dropout.
 
     Raises:
         ValueError: the name or folder holds no model, or the config is none; says what to do.
@@ -36,11 +36,23 @@ def load_model(name_or_path: str | None, config: dict[str, Any] | None, attentio
     options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
     try:
         if config is not None:
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        return _without_dropout(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"config {config}" if config is not None else f"model {name_or_path!r}"
         raise ValueError(f"Cannot build a causal language model from {what}: {error}") from error
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """With dropout the policy that learns would not be the policy that sampled: ratios would differ from 1 at once."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -89,10 +101,10 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under the names the plain ``transformers`` model gives them, adapters added to their weights.
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names the plain ``transformers`` model gives them, adapters added; tied ones come once.
 
-    The base weights are not touched (merging in place and back would round them).
+    Parameters, then the buffers that a checkpoint holds (routing biases, say). The base weights are not touched (merging in place and back would round them).
     """
     adapted = {
         f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
@@ -105,6 +117,8 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             layer: Any = adapted[name]
             value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters).to(value.dtype)
         yield name.replace(".base_layer.", "."), value
+    kept = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -112,7 +126,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     # A fresh skeleton: the model in training may hold adapters and our attention's name.
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
-    skeleton.load_state_dict(dict(merged_parameters(model)), strict=False, assign=True)
+    skeleton.load_state_dict(dict(merged_weights(model)), strict=False, assign=True)
     skeleton.tie_weights()
     skeleton.generation_config = model.generation_config
     skeleton.save_pretrained(folder)

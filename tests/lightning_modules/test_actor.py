@@ -1,0 +1,192 @@
+"""An actor's packed log-probs are those of the model's own forward, in every family; what it writes, others load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trainer import tiny_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightrft.lightning_modules import ActorModule, LoRA
+from lightrft.ops import pack
+
+LENGTHS = (6, 2, 11)
+PLAIN: dict[str, Any] = {
+    "vocab_size": 14,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2-sliding": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+    "qwen3": {},
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 4},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+}
+
+
+def config_of(family: str) -> dict[str, Any]:
+    own = FAMILIES[family]
+    return {"model_type": family, **PLAIN, **own}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_inputs(tmp_path_factory.mktemp("actor"))
+
+
+def build(inputs: Path, config: dict[str, Any], **options: Any) -> ActorModule:
+    """A configured actor with the same weights for the same configuration, float64."""
+    torch.manual_seed(0)
+    actor = ActorModule(config=config, tokenizer=str(inputs / "tokenizer"), **options)
+    actor.configure_model()
+    return actor.double()
+
+
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(2, 14, (length,), generator=generator) for length in LENGTHS]
+
+
+def run(actor: ActorModule, rows: list[Tensor], **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs and entropies of tokens 1.. of each sequence."""
+    mask = torch.arange(max(map(len, rows)) - 1) < torch.tensor([len(row) - 1 for row in rows])[:, None]
+    packed = pack(rows, torch.ones(len(rows), dtype=torch.int64), mask)
+    log_probs, entropy = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict, **options)
+    sizes = [len(row) - 1 for row in rows]
+    return list(log_probs.split(sizes)), list(entropy.split(sizes))
+
+
+def plain(actor: ActorModule, row: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The same from the model's own forward of the sequence alone."""
+    model = actor.transformer
+    used = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    logits = model(input_ids=row[None], use_cache=False).logits[0, :-1] / temperature
+    model.set_attn_implementation(used)
+    log_p = logits.log_softmax(-1)
+    return log_p.gather(-1, row[1:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_models_own_forward_one_by_one(inputs: Path, family: str, packing: bool) -> None:
+    actor, rows = build(inputs, config_of(family), packing=packing), sequences()
+    log_probs, entropies = run(actor, rows, temperature=0.7)
+    for row, log_prob, entropy in zip(rows, log_probs, entropies):
+        expected = plain(actor, row, temperature=0.7)
+        # Norms and rotations of transformers compute in float32 inside a float64 model.
+        torch.testing.assert_close(log_prob, expected[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(entropy, expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"packing": False}, {"gradient_checkpointing": True}, {"logit_chunk_tokens": 3}])
+def test_the_gradient_does_not_depend_on_how_memory_is_saved(inputs: Path, options: dict[str, Any]) -> None:
+    def gradient(actor: ActorModule) -> Tensor:
+        log_probs, entropies = run(actor.train(), sequences())
+        (torch.cat(log_probs).sum() + 0.3 * torch.cat(entropies).sum()).backward()
+        return torch.cat([p.grad.flatten() for p in actor.parameters()])
+
+    reference = gradient(build(inputs, tiny_run.QWEN2))
+    other = gradient(build(inputs, tiny_run.QWEN2, **options))
+    assert float((other - reference).norm() / reference.norm()) < 1e-10
+
+
+def test_an_architecture_that_cannot_be_packed_is_refused_and_runs_padded(inputs: Path) -> None:
+    config = {"model_type": "gemma2", **PLAIN, "attn_logit_softcapping": 0.01, "final_logit_softcapping": 0.05}
+    with pytest.raises(ValueError, match="packing: false"):
+        build(inputs, config)
+    actor = build(inputs, config, packing=False)
+    log_probs, _ = run(actor, sequences())
+    for row, log_prob in zip(sequences(), log_probs):
+        torch.testing.assert_close(log_prob, plain(actor, row)[0], rtol=1e-2, atol=1e-2)
+
+
+def with_adapter(inputs: Path) -> ActorModule:
+    actor = build(inputs, tiny_run.QWEN2, lora=LoRA(rank=4, alpha=8.0))
+    with torch.no_grad():
+        for name, parameter in actor.named_parameters():
+            if "lora_B" in name:  # zero at the start, when the adapter does nothing
+                parameter.normal_(std=0.3)
+    return actor
+
+
+def test_with_the_adapter_off_lora_is_the_base(inputs: Path) -> None:
+    base, _ = run(build(inputs, tiny_run.QWEN2), sequences())
+    actor = with_adapter(inputs)
+    off, _ = run(actor, sequences(), adapter=False)
+    on, _ = run(actor, sequences())
+    torch.testing.assert_close(torch.cat(off), torch.cat(base), rtol=0, atol=0)
+    assert float((torch.cat(on) - torch.cat(base)).abs().max()) > 1e-2
+    assert all(("lora_" in name) == parameter.requires_grad for name, parameter in actor.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "lora"])
+def test_a_written_folder_loads_elsewhere_with_the_same_log_probs(inputs: Path, tmp_path: Path, family: str) -> None:
+    actor = with_adapter(inputs) if family == "lora" else build(inputs, config_of(family))
+    actor.float().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) >= 14
+    row = sequences()[2]
+    log_p = loaded(input_ids=row[None]).logits[0, :-1].log_softmax(-1).gather(-1, row[1:, None])[:, 0]
+    torch.testing.assert_close(run(actor, [row])[0][0], log_p, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "lora"])
+def test_exported_weights_have_the_plain_models_names_and_shapes(inputs: Path, family: str) -> None:
+    config = config_of(family) if family != "lora" else tiny_run.QWEN2
+    actor = with_adapter(inputs) if family == "lora" else build(inputs, config)
+    plain_model = build(inputs, config).transformer
+    exported = {name: tensor.shape for name, tensor in actor.export_parameters()}
+    assert exported == {name: parameter.shape for name, parameter in plain_model.named_parameters()}
+
+
+def test_the_reference_is_a_copy_that_training_does_not_move(inputs: Path) -> None:
+    actor = build(inputs, tiny_run.QWEN2)
+    reference = actor.frozen_copy()
+    before = torch.cat(run(reference, sequences())[0])
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.add_(0.1)
+    torch.testing.assert_close(torch.cat(run(reference, sequences())[0]), before, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "either model .* or config"),
+        ({"model": "a", "config": {"model_type": "qwen2"}}, "either model .* or config"),
+        ({"config": {"model_type": "qwen2"}}, "needs a tokenizer"),
+    ],
+)
+def test_an_actor_without_a_clear_origin_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ActorModule(**options)
+
+
+def test_what_does_not_load_is_named(inputs: Path, tmp_path: Path) -> None:
+    tokenizer = str(inputs / "tokenizer")
+    with pytest.raises(ValueError, match=r"Cannot load a tokenizer from .*nowhere"):
+        ActorModule(config=tiny_run.QWEN2, tokenizer=str(tmp_path / "nowhere")).configure_model()
+    with pytest.raises(ValueError, match=r"Cannot build a causal language model from model .*nowhere"):
+        ActorModule(model=str(tmp_path / "nowhere"), tokenizer=tokenizer).configure_model()
+    with pytest.raises(ValueError, match="config .*no_such_type"):
+        ActorModule(config={"model_type": "no_such_type"}, tokenizer=tokenizer).configure_model()
+    with pytest.raises(ValueError, match="14 tokens but the model embeds only 9"):
+        build(inputs, {**tiny_run.QWEN2, "vocab_size": 9})
