@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
@@ -43,6 +44,5 @@ class StopRequest:
         """The signal that any rank received, 0 if none; ranks stop at the same boundary. Collective."""
         if fabric.world_size == 1:
             return self.signum
-        import torch
-
-        return int(fabric.all_reduce(torch.tensor(float(self.signum), device=fabric.device), reduce_op="max"))
+        highest = fabric.all_reduce(torch.tensor(float(self.signum), device=fabric.device), reduce_op="max")
+        return int(cast(torch.Tensor, highest))

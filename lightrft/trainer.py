@@ -35,7 +35,7 @@ from lightrft.learner import Learner
 from lightrft.module import RFTModule
 from lightrft.random_state import random_state, set_random_state
 from lightrft.samples import Batch, Prompt, Rollout, Sampling
-from lightrft.strategies import check_strategy
+from lightrft.strategies import check_strategy, leave_together
 
 _NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for example:
   callbacks:
@@ -252,13 +252,15 @@ class RFTTrainer:
         try:
             self._set_up(stage, ckpt_path)
             yield
+            leave_together(self.fabric)
         except BaseException as error:
             failure = error
             _try_all(self._listening("on_exception", exception=error))
             raise
         finally:
             status = "failed" if failure else "success"
-            closing = [model.scorer.close, *(partial(logger.finalize, status) for logger in self.loggers)]
+            closing: list[Callable[[], Any]] = [model.scorer.close]
+            closing += [partial(logger.finalize, status) for logger in self.loggers]
             error_in_closing = _try_all([*self._listening("teardown", stage=stage), *closing])
             if error_in_closing and not failure:
                 raise error_in_closing
@@ -276,9 +278,10 @@ class RFTTrainer:
         if stage == "fit":
             self.model.check_group_size(self.samples_per_prompt)
         self.learner = Learner(fabric, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
-        self.prompts = self.datamodule.train_dataloader() if stage == "fit" else None
+        if stage == "fit":
+            self.prompts = self.datamodule.train_dataloader()
         for logger in self.loggers:
-            _ = logger.experiment  # a logger wants its folder before anything else writes there
+            getattr(logger, "experiment", None)  # a logger wants its folder before anything else writes there
         self.call("setup", stage=stage)
         if ckpt_path is not None:
             folder = checkpoint.find(ckpt_path, self.default_root_dir)

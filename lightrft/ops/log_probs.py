@@ -24,7 +24,7 @@ class _LogProbEntropy(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None]:
         logits, targets, log_normalizer, entropy = ctx.saved_tensors
         log_p = (logits - log_normalizer[:, None]).clamp_min(torch.finfo(logits.dtype).min)
         probs = log_p.exp()

@@ -50,12 +50,15 @@ def equation(batch: Batch, log_probs: Tensor, low: float, high: float, kl: str, 
             ratio, delta = math.exp(new - old), new - ref
             loss = -min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
             loss += beta * {"none": 0.0, "k2": delta**2 / 2, "k3": math.exp(-delta) - 1 + delta}[kl]
-            total += loss * {
-                "token_mean": 1 / sum(LENGTHS),
-                "seq_mean_token_mean": 1 / 3 / length,
-                "seq_mean_token_sum": 1 / 3,
-                "token_sum_norm": 1 / 3 / LONGEST,
-            }[aggregation]
+            total += (
+                loss
+                * {
+                    "token_mean": 1 / sum(LENGTHS),
+                    "seq_mean_token_mean": 1 / 3 / length,
+                    "seq_mean_token_sum": 1 / 3,
+                    "token_sum_norm": 1 / 3 / LONGEST,
+                }[aggregation]
+            )
     return total
 
 
@@ -64,9 +67,7 @@ def equation(batch: Batch, log_probs: Tensor, low: float, high: float, kl: str, 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.1, 0.4)])
 def test_the_loss_is_its_equation(aggregation: Any, kl: Any, beta: float, low: float, high: float) -> None:
     batch, log_probs, totals = step()
-    algorithm = Algorithm(
-        clip_low=low, clip_high=high, aggregation=aggregation, kl_in_loss=kl, kl_coefficient=beta
-    )
+    algorithm = Algorithm(clip_low=low, clip_high=high, aggregation=aggregation, kl_in_loss=kl, kl_coefficient=beta)
     loss, metrics = algorithm.loss(log_probs, torch.ones_like(log_probs), batch, totals)
     assert float(loss) == pytest.approx(equation(batch, log_probs, low, high, kl, beta, aggregation), rel=1e-6)
     assert float(metrics["loss"]) == float(loss)
@@ -77,7 +78,9 @@ def test_the_gradient_equals_finite_differences() -> None:
     algorithm = Algorithm(kl_coefficient=0.1)
     entropy = torch.zeros_like(log_probs)
     leaf = log_probs.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: algorithm.loss(x, entropy, batch, totals)[0], (leaf,), eps=1e-7, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda x: algorithm.loss(x, entropy, batch, totals)[0], (leaf,), eps=1e-7, atol=1e-6
+    )
 
 
 def test_advantages_are_the_groups_and_zero_where_nothing_is_trained() -> None:
@@ -136,7 +139,7 @@ def test_presets_by_name() -> None:
     axes = (grpo.advantage, grpo.clip_low, grpo.clip_high, grpo.aggregation, grpo.kl_in_loss)
     assert axes == ("group_norm", 0.2, 0.2, "seq_mean_token_mean", "k3")
     assert resolve_algorithm(grpo) is grpo
-    with pytest.raises(ValueError, match="'grpp'.*choose one of grpo"):
+    with pytest.raises(ValueError, match=r"'grpp'.*choose one of grpo"):
         resolve_algorithm("grpp")
 
 

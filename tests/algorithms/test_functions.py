@@ -24,7 +24,7 @@ groups = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.1, 0.3, 1
 
 
 def reference_advantages(rows: list[tuple[int, float, bool]], divide: bool) -> list[float]:
-    """(R - mean) / (std + 1e-6), std with Bessel's correction; 0 for a group of one and where the extremes are equal."""
+    """(R - mean) / (std + 1e-6), std with Bessel's correction; 0 for a group of one and for equal extremes."""
     out = []
     for group, reward, valid in rows:
         scores = [r for g, r, v in rows if g == group and v]

@@ -1,4 +1,4 @@
-"""An engine that does not hold what was pushed stops the run before it samples, however small the step that it missed."""
+"""An engine that does not hold what was pushed stops the run before it samples, however small the missed step."""
 
 from __future__ import annotations
 

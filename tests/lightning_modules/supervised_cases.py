@@ -1,6 +1,6 @@
 """Gradients of one supervised step under Lightning's Trainer for many ways of cutting it; on one rank or by torchrun.
 
-    python supervised_cases.py INPUTS OUT.pt
+python supervised_cases.py INPUTS OUT.pt
 """
 
 from __future__ import annotations

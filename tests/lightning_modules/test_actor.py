@@ -186,7 +186,7 @@ def test_what_does_not_load_is_named(inputs: Path, tmp_path: Path) -> None:
         ActorModule(config=tiny_run.QWEN2, tokenizer=str(tmp_path / "nowhere")).configure_model()
     with pytest.raises(ValueError, match=r"Cannot build a causal language model from model .*nowhere"):
         ActorModule(model=str(tmp_path / "nowhere"), tokenizer=tokenizer).configure_model()
-    with pytest.raises(ValueError, match="config .*no_such_type"):
+    with pytest.raises(ValueError, match=r"config .*no_such_type"):
         ActorModule(config={"model_type": "no_such_type"}, tokenizer=tokenizer).configure_model()
     with pytest.raises(ValueError, match="14 tokens but the model embeds only 9"):
         build(inputs, {**tiny_run.QWEN2, "vocab_size": 9})

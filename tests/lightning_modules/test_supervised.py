@@ -99,7 +99,7 @@ def test_predictions_are_the_log_probs_of_the_responses(inputs: Path) -> None:
     records = [json.loads(line) for line in (inputs / "lessons.jsonl").read_text().splitlines()]
     assert len(predicted) == len(records)
     for record, value in zip(records, predicted):
-        ids = module.tokenizer(record["prompt"] + record["response"]).input_ids + [module.tokenizer.eos_token_id]
+        ids = [*module.tokenizer(record["prompt"] + record["response"]).input_ids, module.tokenizer.eos_token_id]
         start = len(record["prompt"])
         module.transformer.set_attn_implementation("eager")
         log_p = module.transformer(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -20,7 +20,9 @@ def batches(draw: st.DrawFn) -> Case:
     sequences = [torch.arange(100 * i, 100 * i + p + r) for i, (p, r) in enumerate(zip(prompts, responses))]
     mask = torch.zeros(len(prompts), 5, dtype=torch.bool)
     for row, length in enumerate(responses):
-        mask[row, :length] = torch.tensor(draw(st.lists(st.booleans(), min_size=length, max_size=length)), dtype=torch.bool)
+        mask[row, :length] = torch.tensor(
+            draw(st.lists(st.booleans(), min_size=length, max_size=length)), dtype=torch.bool
+        )
     return sequences, torch.tensor(prompts), mask
 
 

@@ -1,4 +1,4 @@
-"""Callbacks: every hook in the order that is documented, none mistyped, and what a user adds without touching the loop."""
+"""Every hook fires in the documented order, none is mistyped, and a user adds behaviour outside the loop."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def test_lightnings_own_callbacks_that_know_none_of_our_hooks_may_stand_in_the_l
 
 
 def test_there_must_be_exactly_one_rollout_callback(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"exactly one rollout callback(.|\n)*class_path: lightrft\.callbacks\.Rollout"):
+    with pytest.raises(
+        ValueError, match=r"exactly one rollout callback(.|\n)*class_path: lightrft\.callbacks\.Rollout"
+    ):
         tiny_run.trainer(tmp_path, usual=[WeightSync()])
     with pytest.raises(ValueError, match="lists 2 of RolloutCallback; keep one"):
         tiny_run.trainer(tmp_path, usual=[tiny_run.sampler(), tiny_run.sampler()])

@@ -65,15 +65,13 @@ def actor(folder: Path, lr: float = 1e-2, **options: Any) -> ActorModule:
     settings: dict[str, Any] = {
         "config": QWEN2,
         "tokenizer": str(folder / "tokenizer"),
-        "optimizer": lambda params: torch.optim.AdamW(params, lr=lr),
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=lr, eps=1e-6),
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
     }
     return ActorModule(**settings | options)
 
 
-def module(
-    folder: Path, algorithm: Algorithm | None = None, scorer: Scorer | None = None, **options: Any
-) -> RFTModule:
+def module(folder: Path, algorithm: Algorithm | None = None, scorer: Scorer | None = None, **options: Any) -> RFTModule:
     # Rewards that differ within groups from the first step on: an untrained model is never right.
     algorithm = algorithm or Algorithm(kl_coefficient=0.05)
     return RFTModule(actor(folder, **options), algorithm, scorer or scoring(shortness))
@@ -89,9 +87,7 @@ def shortness(item: RewardInput) -> float:
 
 
 def data(folder: Path) -> PromptData:
-    return PromptData(
-        train=[Source(path=str(folder / "train.jsonl"))], val=[Source(path=str(folder / "val.jsonl"))]
-    )
+    return PromptData(train=[Source(path=str(folder / "train.jsonl"))], val=[Source(path=str(folder / "val.jsonl"))])
 
 
 def sampler(engine: Engine | None = None, **sampling: Any) -> Rollout:
