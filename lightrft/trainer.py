@@ -344,7 +344,7 @@ class RFTTrainer:
 
     def _scored(self, rollout: Rollout, prefix: str = "") -> dict[str, float]:
         """Score in place; counters and statistics over all ranks."""
-        metrics = Metrics(self.fabric.device)
+        metrics = Metrics()
         for name, count in self.model.scorer.score(rollout).items():
             # A mean over ranks times their number is the sum over ranks.
             metrics.mean(f"{prefix}scoring/{name}", float(count) * self.fabric.world_size)
@@ -354,7 +354,7 @@ class RFTTrainer:
     def _prepare(self) -> None:
         self.batch = Batch.from_rollout(cast(Rollout, self.samples))
         self.learner.prepare(self.batch, self.rollout.sampling.temperature)
-        metrics = Metrics(self.fabric.device)
+        metrics = Metrics()
         metrics.mean_and_std("advantage", self.batch.advantages[self.batch.response_mask])
         self.callback_metrics |= metrics.compute()
         self.call("on_advantages_end", batch=self.batch)

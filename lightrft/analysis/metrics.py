@@ -2,61 +2,81 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import MaxMetric, MeanMetric, Metric
 
-_SQUARE = "/square"
+
+@dataclass
+class _Moments:
+    """Count, sum and largest of some float64 values, and the sum of their squared distances from the mean."""
+
+    count: int = 0
+    mean: float = 0.0
+    spread: float = 0.0
+    largest: float = -math.inf
+
+    def merged(self, other: _Moments) -> _Moments:
+        """Of both sets of values together (Chan et al. 1979, updating formulae for sample variances)."""
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        gap = other.mean - self.mean
+        return _Moments(
+            count,
+            self.mean + gap * other.count / count,
+            self.spread + other.spread + gap * gap * self.count * other.count / count,
+            max(self.largest, other.largest),
+        )
 
 
 class Metrics:
-    """Named statistics, each over whatever was added on any rank. Ranks may add different names."""
+    """Named statistics, each over whatever was added on any rank. Ranks may add different names.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._metrics: dict[str, Metric] = {}
+    What is computed of a name's values is in what it was added as: ``mean``, ``mean_and_std``, ``maximum``.
+    """
 
-    def mean(self, name: str, values: Tensor | float, weights: Tensor | float = 1.0) -> None:
-        """Add values to a weighted mean."""
-        self._add(name, MeanMetric, values, weights)
+    def __init__(self) -> None:
+        self._moments: dict[tuple[str, str], _Moments] = {}
+
+    def mean(self, name: str, values: Tensor | float) -> None:
+        """Add values to a mean."""
+        self._add(name, "mean", values)
 
     def mean_and_std(self, name: str, values: Tensor) -> None:
-        """Add values to ``name/mean`` and ``name/std`` (population)."""
-        self.mean(f"{name}/mean", values)
-        self.mean(f"{name}{_SQUARE}", values.double().square())
+        """Add values to ``name/mean`` and ``name/std`` (of the population)."""
+        self._add(f"{name}/mean", "mean", values)
+        self._add(f"{name}/std", "std", values)
 
     def maximum(self, name: str, values: Tensor | float) -> None:
         """Add values to a maximum."""
-        self._add(name, MaxMetric, values)
+        self._add(name, "maximum", values)
 
-    def _add(self, name: str, kind: type[Metric], *values: Tensor | float) -> None:
-        metric = self._metrics.setdefault(name, self._new(kind))
-        tensors = [torch.as_tensor(value, dtype=torch.float64).to(self.device) for value in values]
-        if tensors[0].numel():
-            metric.update(*tensors)
-
-    def _new(self, kind: type[Metric]) -> Metric:
-        return kind(nan_strategy="disable").set_dtype(torch.float64).to(self.device)
+    def _add(self, name: str, statistic: str, values: Tensor | float) -> None:
+        flat = torch.as_tensor(values, dtype=torch.float64).flatten()
+        if not len(flat):
+            return
+        mean = float(flat.mean())
+        new = _Moments(len(flat), mean, float((flat - mean).square().sum()), float(flat.max()))
+        self._moments[name, statistic] = self._moments.get((name, statistic), _Moments()).merged(new)
 
     def compute(self) -> dict[str, float]:
         """Values over all ranks, by name. Collective: every rank calls it."""
-        for name, kind in sorted(self._kinds_of_all_ranks().items()):
-            self._metrics.setdefault(name, self._new(kind))
-        # A rank that added nothing takes part in the reduction all the same.
-        for metric in self._metrics.values():
-            metric._update_count = max(metric._update_count, 1)
-        values = {name: float(self._metrics[name].compute()) for name in sorted(self._metrics)}
-        for name in [name for name in values if name.endswith(_SQUARE)]:
-            stem = name.removesuffix(_SQUARE)
-            variance = values.pop(name) - values[f"{stem}/mean"] ** 2
-            values[f"{stem}/std"] = max(variance, 0.0) ** 0.5
-        return values
+        everyone = [self._moments]
+        if dist.is_initialized():
+            everyone = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, self._moments)
+        merged: dict[tuple[str, str], _Moments] = {}
+        for moments in everyone:
+            for key, values in moments.items():
+                merged[key] = merged.get(key, _Moments()).merged(values)
+        return {name: _statistic(statistic, merged[name, statistic]) for name, statistic in sorted(merged)}
 
-    def _kinds_of_all_ranks(self) -> dict[str, type[Metric]]:
-        mine = {name: type(metric) for name, metric in self._metrics.items()}
-        if not dist.is_initialized():
-            return mine
-        everyone: list[dict[str, type[Metric]]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        return {name: kind for kinds in everyone for name, kind in kinds.items()}
+
+def _statistic(name: str, moments: _Moments) -> float:
+    if name == "std":
+        return math.sqrt(moments.spread / moments.count)
+    return moments.largest if name == "maximum" else moments.mean

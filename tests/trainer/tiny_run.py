@@ -32,7 +32,9 @@ from lightrft.rewards import Component, FunctionReward, RewardInput, Scorer
 from lightrft.samples import Sampling
 from lightrft.trainer import RFTTrainer
 
-CHARACTERS = ["<pad>", "<eos>", *"0123456789+="]
+# An exported folder, its model a Qwen2, is read with Qwen2's tokenizer class, which wants a token of this name.
+END = "<|endoftext|>"
+CHARACTERS = ["<pad>", END, *"0123456789+="]
 QWEN2 = {
     "model_type": "qwen2",
     "hidden_size": 32,
@@ -53,7 +55,7 @@ def write_inputs(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token="<pad>")
     fast.save_pretrained(folder / "tokenizer")
     sums = [{"input": f"{a}+{b}=", "reference": str(a + b), "label": "exact_match"} for a in range(6) for b in range(6)]
     for name, part in {"train": sums[:30], "val": sums[30:]}.items():
