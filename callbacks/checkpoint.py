@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightrft import checkpoint
 from lightrft.callback import CheckpointCallback
@@ -97,9 +98,16 @@ class RFTCheckpoint(CheckpointCallback):
         if self.last_checkpoint:
             rank_zero_info(f"Checkpoint: {self.last_checkpoint}")
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"written": [str(folder) for folder in self._written]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._written = [folder for folder in map(Path, state_dict["written"]) if folder.exists()]
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         where = f"resume with --ckpt_path {self.last_checkpoint}" if self.last_checkpoint else "none was written yet"
-        rank_zero_warn(f"The run failed ({type(exception).__name__}); last complete checkpoint: {where}.")
+        # On the rank that failed: the main one may be waiting for it.
+        warnings.warn(f"The run failed ({type(exception).__name__}); last complete checkpoint: {where}.", stacklevel=2)
 
 
 def _bytes_of_a_checkpoint(module: Any) -> int:

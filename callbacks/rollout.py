@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,11 @@ class Rollout(RolloutCallback):
             raise ValueError("sampling.temperature is 0 (greedy): a group's responses would be equal; set it above 0.")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.engine.start(pl_module.actor.transformer.config, pl_module.tokenizer, trainer.fabric.device)
+        config = copy.deepcopy(pl_module.actor.transformer.config)
+        # What the trainer computes in, and what ends a response, where only the folder's generation config says so.
+        config.dtype = trainer.compute_dtype
+        config.eos_token_id = _stop_ids(config, pl_module.actor.transformer.generation_config)
+        self.engine.start(config, pl_module.tokenizer, trainer.fabric.device)
 
     def on_engine_ready(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to sample with weights that are not the trainer's current ones."""
@@ -60,3 +65,12 @@ class Rollout(RolloutCallback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.engine.close()
+
+
+def _stop_ids(*configs: Any) -> list[int] | None:
+    """Every end of sequence that any of the configurations names."""
+    found: set[int] = set()
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return sorted(found) or None

@@ -15,18 +15,16 @@ class TrajectoryWriter(RFTCallback):
 
     Args:
         every_n_iterations: how often training responses are written; validation's always are.
-        max_responses: most lines of a file; ``None`` is all.
         token_ids: also write token ids and their log-probs.
 
     Raises:
         ValueError: a number below 1.
     """
 
-    def __init__(self, every_n_iterations: int = 1, max_responses: int | None = None, token_ids: bool = False) -> None:
-        if every_n_iterations < 1 or (max_responses is not None and max_responses < 1):
-            raise ValueError("TrajectoryWriter needs every_n_iterations and max_responses of at least 1.")
+    def __init__(self, every_n_iterations: int = 1, token_ids: bool = False) -> None:
+        if every_n_iterations < 1:
+            raise ValueError("TrajectoryWriter needs every_n_iterations of at least 1.")
         self.every_n_iterations = every_n_iterations
-        self.max_responses = max_responses
         self.token_ids = token_ids
 
     def on_score_end(self, trainer: Any, pl_module: Any, rollout: Rollout) -> None:
@@ -43,7 +41,7 @@ class TrajectoryWriter(RFTCallback):
             return
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{split}-{step:06d}-rank{trainer.fabric.global_rank}.jsonl"
-        lines = [json.dumps(self._line(prompt, response)) for prompt, response in rollout][: self.max_responses]
+        lines = [json.dumps(self._line(prompt, response)) for prompt, response in rollout]
         # A resumed run writes the iteration's file again, whole.
         partial = folder / f".{name}"
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

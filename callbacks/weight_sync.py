@@ -14,6 +14,8 @@ from lightrft.engines import EngineError
 from lightrft.ops import Fingerprint, fingerprint, pack
 
 _PROBE_SEQUENCES, _PROBE_TOKENS = 2, 16
+# Nats: twice what an engine with 8-bit weights differs by; beyond it nothing is right, whatever the first sync says.
+_LARGEST_MISMATCH = 0.5
 
 
 class StaleWeightsError(EngineError):
@@ -30,17 +32,10 @@ class WeightSync(RFTCallback):
 
     Args:
         probe: ``false`` switches both parts off.
-        max_mismatch: largest mean difference of log-probs, in nats, that calibration accepts; 0.5 if left out.
-
-    Raises:
-        ValueError: ``max_mismatch`` is not above 0, or given without the probe.
     """
 
-    def __init__(self, probe: bool = True, max_mismatch: float | None = None) -> None:
-        if max_mismatch is not None and not (probe and max_mismatch > 0):
-            raise ValueError(f"max_mismatch ({max_mismatch}) must be above 0, and has no effect without the probe.")
+    def __init__(self, probe: bool = True) -> None:
         self.probe = probe
-        self.max_mismatch = max_mismatch if max_mismatch is not None else 0.5
         self.calibrated: float | None = None
         self._version = -1
         self._pushed: dict[str, Fingerprint] = {}
@@ -48,7 +43,7 @@ class WeightSync(RFTCallback):
     @property
     def tolerance(self) -> float:
         """Largest mean difference that passes, nats. Kernels and dtypes differ by a fairly constant amount."""
-        return min(max(4 * (self.calibrated or 0.0), 1e-3), self.max_mismatch)
+        return min(max(4 * (self.calibrated or 0.0), 1e-3), _LARGEST_MISMATCH)
 
     def on_weight_sync(self, trainer: Any, pl_module: Any) -> None:
         """Push unless the engine is current, and probe.

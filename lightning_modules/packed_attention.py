@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from lightrft.ops import varlen_attention
@@ -14,6 +17,9 @@ PACKED_ATTENTION = "lightrft_packed"
 
 # Arguments by which some architectures ask attention for more than causal softmax.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+# Layers that cu_seqlens keeps inside a sequence; a convolution or a linear attention runs over the row.
+_SEGMENT_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def packed_attention_forward(
@@ -27,21 +33,59 @@ def packed_attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over one packed row; ``query`` is ``[1, H, N, D]``, the result ``[1, N, H, D]``.
+    """Attention over one packed row; ``query`` is ``[1, H, N, D]``, the result ``[1, N, H, D_v]``.
+
+    ``attention_mask`` is none, or the window of :func:`_window_of_mask`.
 
     Raises:
         ValueError: called without ``cu_seq_lens_q``, or by an architecture that needs more than causal softmax.
     """
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if asked or cu_seq_lens_q is None:
-        why = f"{type(module).__name__} needs {', '.join(asked)}" if asked else "cu_seq_lens_q is missing"
-        raise ValueError(f"Packed attention cannot run: {why}. Set packing: false on the actor.")
+    if asked:
+        raise ValueError(f"packed attention has no {', '.join(asked)}, which {type(module).__name__} needs")
+    if cu_seq_lens_q is None:
+        raise ValueError(f"cu_seq_lens_q does not reach {type(module).__name__}")
+    if sliding_window is None and attention_mask is not None:
+        sliding_window = int(attention_mask)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return varlen_attention(q, k, v, cu_seq_lens_q, scale=scale, window=sliding_window)[None], None
 
 
-def register() -> None:
-    """Make ``attn_implementation="lightrft_packed"`` known to ``transformers``; no mask is ever built for it."""
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
-    AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
+def select(model: PreTrainedModel, packing: bool) -> None:
+    """Make ``model`` compute attention over packed rows, or over padded ones as it was loaded to.
+
+    Raises:
+        ValueError: ``packing``, and the model has layers that cannot be kept inside the sequences of a row.
+    """
+    config = model.config.get_text_config()
+    if packing:
+        others = sorted(set(getattr(config, "layer_types", None) or ()) - _SEGMENT_LAYERS)
+        if others or model._is_stateful:
+            layers = f"layers of {', '.join(others)}" if others else "layers with a state"
+            raise ValueError(
+                f"{type(model).__name__} has {layers}, which cannot be kept inside the sequences of a packed row; set "
+                "packing: false on the actor."
+            )
+        AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+        AttentionMaskInterface.register(PACKED_ATTENTION, _window_of_mask)
+        model.set_attn_implementation(PACKED_ATTENTION)
+    elif getattr(config, "attn_logit_softcapping", None) is not None:
+        # scaled_dot_product_attention has no soft cap, and transformers drops it there without a word.
+        model.set_attn_implementation("eager")
+
+
+@contextmanager
+def plain(model: PreTrainedModel) -> Iterator[None]:
+    """Attention as the architecture itself spells it out."""
+    used = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(used)
+
+
+def _window_of_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    """In place of the mask that ``transformers`` asks for, its window: some families (Qwen2-MoE) name it nowhere else."""
+    return None if local_size is None else torch.tensor(local_size)

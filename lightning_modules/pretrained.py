@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -26,32 +30,65 @@ class LoRA:
     alpha: float = 32.0
     target_modules: str | list[str] = "all-linear"
 
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"LoRA needs a rank of at least 1 (is {self.rank}) and alpha above 0 (is {self.alpha}).")
 
-def load_model(name_or_path: str | None, config: dict[str, Any] | None, attention: str) -> PreTrainedModel:
+
+def load_model(name_or_path: str | None, config: dict[str, Any] | None) -> PreTrainedModel:
     """Weights by name or folder, or fresh weights of a config; float32 (the trainer's precision converts), no dropout.
 
     Raises:
         ValueError: the name or folder holds no model, or the config is none; says what to do.
     """
-    options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if name_or_path is not None:
+        _check_place(name_or_path, "model")
     try:
         if config is not None:
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
+            model = AutoModelForCausalLM.from_config(_known_config(config), **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+            # Trainers configure inside a device context, in which transformers loads only with accelerate's help.
+            with torch.device("cpu"):
+                model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
         return _without_dropout(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"config {config}" if config is not None else f"model {name_or_path!r}"
-        raise ValueError(f"Cannot build a causal language model from {what}: {error}") from error
+        raise ValueError(f"Cannot build a causal language model from {what}: {_one_line(error)}") from error
+
+
+def _check_place(name_or_path: str, what: str) -> None:
+    """Raise ``ValueError`` for a path where there is no folder, of which the hub would say that it is no name."""
+    if not Path(name_or_path).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_path):
+        raise ValueError(f"There is no {what} folder {name_or_path!r}; check the path.")
+
+
+def _known_config(config: dict[str, Any]) -> Any:
+    """The configuration; ``ValueError`` for a key that this kind of model does not know and would ignore."""
+    if "model_type" not in config:
+        raise ValueError("it names no model_type (qwen2, say).")
+    known = AutoConfig.for_model(config["model_type"])
+    for key in config:
+        if not hasattr(known, key):
+            close = difflib.get_close_matches(key, known.to_dict(), n=1)
+            raise ValueError(
+                f"it has the unknown key {key!r}; " + (f"did you mean {close[0]!r}?" if close else "remove it.")
+            )
+    return AutoConfig.for_model(**config)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """With dropout the policy that learns would not be the policy that sampled: ratios would differ from 1 at once."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        # Families keep the rate in a Dropout, or as a number under a name of their own (attention_dropout, layerdrop).
+        rates = ["p"] if isinstance(module, _DropoutNd) else [name for name in vars(module) if "drop" in name]
+        for name in rates:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
     return model
 
 
@@ -61,10 +98,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, or it has no end of sequence.
     """
+    _check_place(name_or_path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"Cannot load a tokenizer from {name_or_path!r}: {error}") from error
+        raise ValueError(f"Cannot load a tokenizer from {name_or_path!r}: {_one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer {name_or_path!r} has no eos_token; a response could never end. Set one.")
     if tokenizer.pad_token_id is None:
@@ -126,7 +164,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """A folder that ``from_pretrained`` loads, with merged weights and the tokenizer."""
     # A fresh skeleton: the model in training may hold adapters and our attention's name.
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
     skeleton.load_state_dict(dict(merged_weights(model)), strict=False, assign=True)
     skeleton.tie_weights()
     skeleton.generation_config = model.generation_config

@@ -118,6 +118,7 @@ class RolloutCallback(RFTCallback):
 class CheckpointCallback(RFTCallback):
     """The callback that writes checkpoints. ``trainer.checkpoint_callback`` finds the one of a run."""
 
+    dirpath: str | None = None
     last_checkpoint: Path | None = None
 
     def save(self, trainer: RFTTrainer) -> Path:

@@ -89,6 +89,7 @@ def load(folder: Path, trainer: RFTTrainer, weights_only: bool = False) -> None:
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if weights_only:
         trainer.progress.weight_version = state["progress"]["weight_version"]
+        trainer.progress.iteration = state["progress"]["iteration"]
     else:
         trainer.load_state_dict(state)
     try:
@@ -99,8 +100,8 @@ def load(folder: Path, trainer: RFTTrainer, weights_only: bool = False) -> None:
         raise ValueError(f"The weights in {folder} do not fit this run's model and optimizer: {reason}") from error
 
 
-def find(path: str, root: Path) -> Path:
-    """The checkpoint folder at ``path``, or for ``last`` the newest complete one anywhere under ``root``.
+def find(path: str, roots: list[Path]) -> Path:
+    """The checkpoint folder at ``path``, or for ``last`` the newest complete one anywhere under ``roots``.
 
     Raises:
         ValueError: there is none.
@@ -109,9 +110,10 @@ def find(path: str, root: Path) -> Path:
         if not (Path(path) / _rank_file(0)).is_file():
             raise ValueError(f"ckpt_path {path!r} is no checkpoint folder (it has no {_rank_file(0)}).")
         return Path(path)
-    folders = [file.parent for file in root.glob(f"**/{_rank_file(0)}") if not file.parent.name.startswith(_PARTIAL)]
+    found = [file.parent for root in roots for file in root.glob(f"**/{_rank_file(0)}")]
+    folders = [folder for folder in found if not folder.name.startswith(_PARTIAL)]
     if not folders:
-        raise ValueError(f"ckpt_path is 'last', but there is no checkpoint under {root}.")
+        raise ValueError(f"ckpt_path is 'last', but there is no checkpoint under {' or '.join(map(str, roots))}.")
     return max(folders, key=lambda folder: folder.stat().st_mtime_ns)
 
 

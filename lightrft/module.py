@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ class RFTModule(LightningModule):
     def needs_reference_copy(self) -> bool:
         """Whether a second set of weights is held; LoRA needs none."""
         return self.algorithm.needs_reference and self.actor.lora is None
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of prompt and response together that the actor reads."""
+        config = self.actor.transformer.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
     @property
     def tokenizer(self) -> Any:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.loggers import CSVLogger, Logger
@@ -45,6 +46,10 @@ _NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for examp
     - class_path: lightrft.callbacks.WeightSync"""
 
 
+# Half precision needs a loss scaler, whose skipped steps and state this loop does not know.
+_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true", "64-true", "64")
+
+
 @dataclasses.dataclass
 class Progress:
     """Where a run stands: the next phase to run, and how often the weights changed."""
@@ -59,8 +64,10 @@ class RFTTrainer:
     """Runs iterations of rollout, scoring, advantages and updates.
 
     Args:
-        accelerator, strategy, devices, num_nodes, precision: as for :class:`lightning.fabric.Fabric`; strategies are
-            ``auto`` and ``ddp``.
+        accelerator, strategy, devices, num_nodes: as for :class:`lightning.fabric.Fabric`; strategies are ``auto`` and
+            ``ddp``.
+        precision: ``32-true``, ``bf16-mixed``, ``64-true`` or ``bf16-true``; the last keeps no float32 weights, in which
+            a step as small as those of RL is lost in rounding.
         callbacks: subclasses of :class:`~lightrft.callback.RFTCallback`; exactly one must be a ``RolloutCallback``.
         logger: where metrics go; ``None`` is a ``metrics.csv`` under ``default_root_dir``, an empty list is nowhere.
         default_root_dir: folder of the run's artefacts.
@@ -101,6 +108,9 @@ class RFTTrainer:
         seed: int | None = None,
     ) -> None:
         check_strategy(strategy)
+        if str(precision) not in _PRECISIONS:
+            raise ValueError(f"trainer.precision={precision!r} is not supported; use one of {', '.join(_PRECISIONS)}.")
+        self.precision = str(precision)
         # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
         self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
         check_callbacks(self.callbacks)
@@ -131,9 +141,15 @@ class RFTTrainer:
             precision=cast(Any, precision),
             loggers=[] if fast_dev_run else loggers,
         )
+        self._launched = False
+        self._begin()
+
+    def _begin(self) -> None:
         self.progress = Progress()
         self.callback_metrics: dict[str, float] = {}
         self.should_stop = False
+        self.samples: Rollout | None = None
+        self.batch: Batch | None = None
 
     # --- what callbacks look up --------------------------------------------------------------------------------------
 
@@ -158,6 +174,13 @@ class RFTTrainer:
         return self.fabric.is_global_zero
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """What a forward computes in, which engines take for theirs."""
+        return (
+            torch.bfloat16 if "bf16" in self.precision else torch.float64 if "64" in self.precision else torch.float32
+        )
+
+    @property
     def strategy(self) -> Strategy:
         return self.fabric.strategy
 
@@ -167,11 +190,16 @@ class RFTTrainer:
 
     @property
     def log_dir(self) -> str:
-        """Folder of this run's artefacts, the same on every rank."""
-        if not hasattr(self, "_log_dir"):
-            own = next((logger.log_dir for logger in self.loggers if getattr(logger, "log_dir", None)), None)
-            self._log_dir = self.fabric.broadcast(str(own or self.default_root_dir))
+        """Folder of this run's artefacts, the same on every rank; known from ``setup`` on."""
         return self._log_dir
+
+    def _choose_log_dir(self) -> str:
+        """A logger's folder, else the next free ``version_<n>``: two runs never share one."""
+        own = next((logger.log_dir for logger in self.loggers if getattr(logger, "log_dir", None)), None)
+        if own is not None or self.fast_dev_run:
+            return str(own or self.default_root_dir)
+        taken = [int(path.name[8:]) for path in self.default_root_dir.glob("version_*") if path.name[8:].isdigit()]
+        return str(self.default_root_dir / f"version_{max(taken, default=-1) + 1}")
 
     def log(self, name: str, value: float) -> None:
         """Put a number (the same on every rank) into this iteration's row."""
@@ -212,7 +240,8 @@ class RFTTrainer:
             if not stop.signum:
                 self.call("on_fit_end")
         if stop.signum:
-            raise SystemExit(128 + stop.signum)
+            # A launcher ends all ranks when one of them fails: only the main one says how the run ended.
+            raise SystemExit(128 + stop.signum if self.is_global_zero else 0)
 
     def validate(
         self,
@@ -246,8 +275,7 @@ class RFTTrainer:
     @contextmanager
     def _running(self, model: RFTModule, datamodule: PromptData, stage: str, ckpt_path: str | None) -> Iterator[None]:
         self.model, self.datamodule = model, datamodule
-        self.samples: Rollout | None = None
-        self.batch: Batch | None = None
+        self._begin()
         failure: BaseException | None = None
         try:
             self._set_up(stage, ckpt_path)
@@ -267,12 +295,15 @@ class RFTTrainer:
 
     def _set_up(self, stage: str, ckpt_path: str | None) -> None:
         fabric = self.fabric
-        fabric.launch()
+        if not self._launched:
+            fabric.launch()
+        self._launched = True
         fabric.seed_everything(self.seed, workers=True, verbose=False)
         self._check_world_size()
-        with fabric.init_module():
-            self.model.configure_model()
-        self.datamodule.attach(self.model.tokenizer, self.seed, fabric.global_rank, fabric.world_size)
+        self._tell_sizes()
+        self.model.configure_model()
+        longest = self.model.context_tokens - self.rollout.sampling.max_new_tokens
+        self.datamodule.attach(self.model.tokenizer, self.seed, fabric.global_rank, fabric.world_size, longest)
         self.datamodule.setup(stage)
         self.model.check_labels(self.datamodule.labels(), complete=stage == "fit")
         if stage == "fit":
@@ -282,9 +313,11 @@ class RFTTrainer:
             self.prompts = self.datamodule.train_dataloader()
         for logger in self.loggers:
             getattr(logger, "experiment", None)  # a logger wants its folder before anything else writes there
+        self._log_dir = fabric.broadcast(self._choose_log_dir())
         self.call("setup", stage=stage)
         if ckpt_path is not None:
-            folder = checkpoint.find(ckpt_path, self.default_root_dir)
+            own = self.checkpoint_callback.dirpath if self.checkpoint_callback else None
+            folder = checkpoint.find(ckpt_path, [self.default_root_dir, *([Path(own)] if own else [])])
             checkpoint.load(folder, self, weights_only=stage != "fit")
             if stage == "fit" and self.checkpoint_callback is not None:
                 self.checkpoint_callback.last_checkpoint = folder
@@ -492,6 +525,14 @@ class RFTTrainer:
                 f"trainer.responses_per_update={self.responses_per_update} must divide prompts_per_iteration * "
                 f"samples_per_prompt = {total} and be a multiple of samples_per_prompt={self.samples_per_prompt}."
             )
+
+    def _tell_sizes(self) -> None:
+        ranks, updates = self.fabric.world_size, self.updates_per_iteration
+        rank_zero_info(
+            f"Each iteration: {self.prompts_per_iteration} prompts x {self.samples_per_prompt} responses on {ranks} "
+            f"rank(s), {updates} update(s) of {self.responses_per_update} responses, {self.responses_per_update // ranks} "
+            f"a rank; {self.max_iterations} iterations, {self.max_iterations * updates} updates in all."
+        )
 
     def _check_world_size(self) -> None:
         prompts, ranks = self.responses_per_update // self.samples_per_prompt, self.fabric.world_size

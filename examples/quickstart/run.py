@@ -89,9 +89,15 @@ def lightrft(command: str, config: str, overrides: dict[str, object]) -> None:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    done = subprocess.run([sys.executable, "-m", "lightrft.cli", *arguments], env=environment, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    command = subprocess.Popen([sys.executable, "-m", "lightrft.cli", *arguments], env=environment)
+    while True:
+        try:
+            status = command.wait()
+            break
+        except KeyboardInterrupt:
+            pass  # the command got it too, and saves a checkpoint before it ends
+    if status:
+        sys.exit(status)
 
 
 def report(root: Path, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -47,9 +48,9 @@ class Algorithm:
         _check_choice("kl_in_loss", kl_in_loss, get_args(KLInLoss))
         if not 0 < clip_low <= 1 or not clip_high > 0:
             raise ValueError(f"clip_low ({clip_low}) must be in (0, 1] and clip_high ({clip_high}) above 0.")
-        if (kl_in_loss == "none") != (kl_coefficient == 0):
+        if not (kl_coefficient == 0 if kl_in_loss == "none" else 0 < kl_coefficient < math.inf):
             raise ValueError(
-                f"kl_in_loss={kl_in_loss!r} with kl_coefficient={kl_coefficient} has no effect; for no KL set "
+                f"kl_in_loss={kl_in_loss!r} does not go with kl_coefficient={kl_coefficient}; for no KL set "
                 "kl_in_loss: none and kl_coefficient: 0, otherwise an estimator and a coefficient above 0."
             )
         self.advantage = advantage

@@ -24,7 +24,9 @@ def add_rollout_metrics(metrics: Metrics, rollout: Rollout, prefix: str = "") ->
     metrics.mean(f"{prefix}truncated_fraction", torch.tensor(truncated))
     metrics.mean(f"{prefix}dropped_fraction", torch.tensor([response.dropped for response in responses]))
     for part, values in _rewards_by_part(responses).items():
-        metrics.mean_and_std(f"{prefix}reward/{part}" if part else f"{prefix}reward", torch.tensor(values, dtype=torch.float64))
+        metrics.mean_and_std(
+            f"{prefix}reward/{part}" if part else f"{prefix}reward", torch.tensor(values, dtype=torch.float64)
+        )
     spread = [len({r.reward for r in group if not r.dropped}) > 1 for group in rollout.groups]
     metrics.mean(f"{prefix}groups_without_spread", 1.0 - torch.tensor(spread).double())
 

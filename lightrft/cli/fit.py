@@ -33,7 +33,8 @@ class RFTCLI(LightningCLI):
             datamodule_class,
             trainer_class=RFTTrainer,  # type: ignore[arg-type]  # duck-typed but for the one override below
             seed_everything_default=0,
-            parser_kwargs={"default_env": True},
+            # A mistyped option is an error, whatever it is the beginning of.
+            parser_kwargs={"default_env": True, "allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             **kwargs,
@@ -41,21 +42,14 @@ class RFTCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # The stock method insists on a subclass of Trainer; the rest of LightningCLI does not.
-        parser.add_class_arguments(self.trainer_class, "trainer", instantiate=False, sub_configs=True)
+        # Its seed is seed_everything's, which it takes where it is given none.
+        parser.add_class_arguments(self.trainer_class, "trainer", skip={"seed"}, instantiate=False, sub_configs=True)
         parser.add_lightning_class_args(self._model_class, "model")
         parser.add_lightning_class_args(self._datamodule_class, "data")
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("seed_everything", "trainer.seed", compute_fn=_seed_of_run)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {"fit": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
-
-
-def _seed_of_run(seed_everything: bool | int) -> int | None:
-    """``true`` and ``false`` name no seed."""
-    return None if isinstance(seed_everything, bool) else seed_everything
 
 
 def main(args: ArgsType = None) -> None:

@@ -20,7 +20,8 @@ def main(args: ArgsType = None) -> None:
         ActorModule,
         SupervisedData,
         seed_everything_default=0,
-        parser_kwargs={"default_env": True},
+        # A mistyped option is an error, whatever it is the beginning of.
+        parser_kwargs={"default_env": True, "allow_abbrev": False},
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         args=args,

@@ -1,13 +1,14 @@
 """Where prompts and conversations come from."""
 
 from lightrft.data.prompt_data import PromptData
-from lightrft.data.sources import DataSource, Source, SupervisedSource
+from lightrft.data.sources import DataSource, PromptSource, Source, SupervisedSource
 from lightrft.data.stream import PromptStream
 from lightrft.data.supervised_data import SupervisedBatch, SupervisedData
 
 __all__ = [
     "DataSource",
     "PromptData",
+    "PromptSource",
     "PromptStream",
     "Source",
     "SupervisedBatch",

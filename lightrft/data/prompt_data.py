@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightrft.data.chat import Chat
 from lightrft.data.prompt_set import PromptSet
 from lightrft.data.records import OnBadRecord, warn_of_skipped
-from lightrft.data.sources import Source, sources_of
+from lightrft.data.sources import PromptSource, Source, sources_of
 from lightrft.data.stream import PromptStream
 from lightrft.samples import Prompt
 
@@ -41,7 +41,7 @@ class PromptData(LightningDataModule):
     def __init__(
         self,
         train: list[Source] | Source | None = None,
-        val: list[Source] | Source | None = None,
+        val: list[PromptSource] | PromptSource | None = None,
         system_prompt: str | None = None,
         chat_template: bool | None = None,
         max_prompt_tokens: int | None = None,
@@ -60,13 +60,16 @@ class PromptData(LightningDataModule):
         self._probabilities = _probabilities(self.train)
         self._chat: Chat | None = None
         self._seed, self._rank, self._world_size = 0, 0, 1
+        self._context_tokens: int | None = None
         self._sets: dict[str, list[PromptSet]] = {}
-        if any(source.probability is not None for source in self.val):
+        if any(getattr(source, "probability", None) is not None for source in self.val):
             raise ValueError("val sources are evaluated in full, not drawn; remove their probability.")
         if max_prompt_tokens is not None and max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}; it must be at least 1.")
 
-    def attach(self, tokenizer: Any, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def attach(
+        self, tokenizer: Any, seed: int = 0, rank: int = 0, world_size: int = 1, context_tokens: int | None = None
+    ) -> None:
         """Tell of the run these prompts are for, before :meth:`setup`.
 
         Args:
@@ -74,12 +77,17 @@ class PromptData(LightningDataModule):
             seed: the run's seed, of the order in which prompts are drawn.
             rank: which share of the prompts is this process's.
             world_size: number of shares.
+            context_tokens: most tokens of a prompt that the model's context leaves room for; longer ones are bad
+                records. ``None`` is no limit.
 
         Raises:
-            ValueError: the tokenizer has no chat template but one is needed.
+            ValueError: the tokenizer has no chat template but one is needed, or there is no room for a prompt.
         """
         self._chat = Chat.of(tokenizer, self.chat_template, self.system_prompt)
         self._seed, self._rank, self._world_size = seed, rank, world_size
+        if context_tokens is not None and context_tokens < 1:
+            raise ValueError("sampling.max_new_tokens takes the model's whole context; lower it to leave room to ask.")
+        self._context_tokens = context_tokens
         self._sets, self.bad_records = {}, []
 
     def setup(self, stage: str | None = None) -> None:
@@ -119,8 +127,8 @@ class PromptData(LightningDataModule):
         everything = [(one, index) for one in self._loaded("val") for index in range(len(one))]
         return [one.prompt(index, "val") for one, index in everything[self._rank :: self._world_size]]
 
-    def _load(self, source: Source, chat: Chat) -> PromptSet:
-        loaded = PromptSet(source, chat, self.max_prompt_tokens, self.on_bad_record)
+    def _load(self, source: PromptSource, chat: Chat) -> PromptSet:
+        loaded = PromptSet(source, chat, self.max_prompt_tokens, self.on_bad_record, self._context_tokens)
         self.bad_records += loaded.bad_records
         if self._rank == 0:
             warn_of_skipped(source.name, loaded.bad_records)

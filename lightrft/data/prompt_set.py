@@ -9,7 +9,7 @@ import torch
 from lightrft.data.chat import Chat
 from lightrft.data.placeholders import as_parts
 from lightrft.data.records import BadRecord, OnBadRecord, Record, read_record, screen
-from lightrft.data.sources import Source
+from lightrft.data.sources import PromptSource
 from lightrft.samples import Prompt
 
 
@@ -21,6 +21,7 @@ class PromptSet:
         chat: how they are spelled.
         max_prompt_tokens: longer prompts are bad records; media count as their placeholders.
         on_bad_record: ``raise``, or ``skip`` those that cannot be used.
+        context_tokens: what the model's context leaves for a prompt; longer ones are bad records.
 
     Attributes:
         name: the source's.
@@ -33,11 +34,16 @@ class PromptSet:
     """
 
     def __init__(
-        self, source: Source, chat: Chat, max_prompt_tokens: int | None = None, on_bad_record: OnBadRecord = "raise"
+        self,
+        source: PromptSource,
+        chat: Chat,
+        max_prompt_tokens: int | None = None,
+        on_bad_record: OnBadRecord = "raise",
+        context_tokens: int | None = None,
     ) -> None:
         self.name = source.name
         self._source, self._chat, self._folder = source, chat, source.folder
-        self._max_prompt_tokens = max_prompt_tokens
+        self._max_prompt_tokens, self._context_tokens = max_prompt_tokens, context_tokens
         self._raw = source.load()
         labels, self.bad_records = screen(self.name, len(self._raw), self._check, on_bad_record)
         self.labels = set(labels.values())
@@ -71,10 +77,14 @@ class PromptSet:
 
     def _check(self, row: int) -> str | None:
         record, text = self._read(row)
-        if self._max_prompt_tokens is not None:
-            tokens = len(self._chat.prompt_ids(text))
-            if tokens > self._max_prompt_tokens:
-                raise BadRecord(
-                    f"the prompt has {tokens} tokens, more than max_prompt_tokens {self._max_prompt_tokens}"
-                )
+        tokens = len(self._chat.prompt_ids(text))
+        if tokens == 0:
+            raise BadRecord("the prompt has no tokens")
+        if self._max_prompt_tokens is not None and tokens > self._max_prompt_tokens:
+            raise BadRecord(f"the prompt has {tokens} tokens, more than max_prompt_tokens {self._max_prompt_tokens}")
+        if self._context_tokens is not None and tokens > self._context_tokens:
+            raise BadRecord(
+                f"the prompt has {tokens} tokens, but the model's context leaves {self._context_tokens} beside "
+                "max_new_tokens"
+            )
         return record.label

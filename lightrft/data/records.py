@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lightrft.data.placeholders import PART_OF, count
-from lightrft.data.sources import Source
+from lightrft.data.sources import PromptSource
 from lightrft.samples import Media
 
 OnBadRecord = Literal["raise", "skip"]
@@ -44,7 +44,7 @@ class Record:
     columns: dict[str, Any]
 
 
-def read_record(raw: Any, source: Source, folder: Path = Path()) -> Record:
+def read_record(raw: Any, source: PromptSource, folder: Path = Path()) -> Record:
     """Read a raw record by the keys of its source; ``folder`` is where relative media paths are looked up first.
 
     Raises:

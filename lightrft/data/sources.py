@@ -125,12 +125,10 @@ class DataSource:
 
 
 @dataclass
-class Source(DataSource):
-    """Prompts for reinforcement learning. A dotted key reaches into nested records (``extra_info.level``).
+class PromptSource(DataSource):
+    """Prompts, each with what its rewards need. A dotted key reaches into nested records (``extra_info.level``).
 
     Args:
-        probability: share of the draws when sources are blended; all of the sources give one or none does. Without,
-            the sources are one pool in which every record comes once an epoch.
         input_key: the prompt: text, or a list of messages with ``role`` and ``content``.
         reference_key: the expected answer, text or number; by default ``reference``, else
             ``reward_model.ground_truth``, else ``ground_truth``, else none.
@@ -144,10 +142,9 @@ class Source(DataSource):
         format: ``gsm8k`` takes ``question``, and as reference what follows ``####`` in ``answer``, without commas.
 
     Raises:
-        ValueError: a probability that is not positive, or a key that could have no effect.
+        ValueError: a key that could have no effect.
     """
 
-    probability: float | None = None
     input_key: str = "input"
     reference_key: str = "reference"
     label_key: str = "label"
@@ -159,8 +156,6 @@ class Source(DataSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.probability is not None and not (self.probability > 0 and math.isfinite(self.probability)):
-            raise ValueError(f"{self.name}: probability is {self.probability}; it must be a positive number.")
         if self.label is not None and self.label_key != "label":
             raise ValueError(f"{self.name}: label makes label_key {self.label_key!r} ineffective; give one of them.")
         if self.format is not None and (self.input_key, self.reference_key) != ("input", "reference"):
@@ -175,6 +170,26 @@ class Source(DataSource):
         """Media kind (``images``) to the key that holds it, without the kinds that are switched off."""
         keys = {"images": self.images_key, "audios": self.audios_key, "videos": self.videos_key}
         return {kind: key for kind, key in keys.items() if key is not None}
+
+
+@dataclass
+class Source(PromptSource):
+    """Prompts to train on.
+
+    Args:
+        probability: share of the draws when sources are blended; all of the sources give one or none does. Without,
+            the sources are one pool in which every record comes once an epoch.
+
+    Raises:
+        ValueError: a probability that is not positive, or a key that could have no effect.
+    """
+
+    probability: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probability is not None and not (self.probability > 0 and math.isfinite(self.probability)):
+            raise ValueError(f"{self.name}: probability is {self.probability}; it must be a positive number.")
 
 
 @dataclass

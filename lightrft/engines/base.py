@@ -86,5 +86,5 @@ class Engine:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Free everything; the engine cannot be used again. Closing twice is allowed."""
+        """Free everything; only :meth:`start` makes the engine usable again. Closing twice is allowed."""
         raise NotImplementedError

@@ -51,7 +51,7 @@ class TransformersEngine(Engine):
         if sequences_per_batch < 1:
             raise ValueError(f"sequences_per_batch is {sequences_per_batch}; it must be at least 1.")
         self.sequences_per_batch = sequences_per_batch
-        self._dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self._wanted_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self._model: Any = None
         self._closed = False
         self._asleep: set[WakePart] = set()
@@ -59,14 +59,14 @@ class TransformersEngine(Engine):
     @property
     def dtype(self) -> torch.dtype | None:
         """As asked for in the constructor; once started, what the model is really in."""
-        return self._dtype
+        return self._wanted_dtype if self._model is None else self._model.dtype
 
     def start(self, config: Any, tokenizer: Any, device: torch.device) -> None:
-        if self._closed or self._model is not None:
-            raise EngineError(f"TransformersEngine is {'closed' if self._closed else 'started'}; start a new one.")
+        if self._model is not None:
+            raise EngineError("TransformersEngine is started; close it before it starts anew.")
+        self._closed, self._asleep = False, set()
         self._device = torch.device(device)
-        self._model = _build(copy.deepcopy(config), self._dtype, self._device)
-        self._dtype = self._model.dtype
+        self._model = _build(copy.deepcopy(config), self._wanted_dtype, self._device)
         self._weights = Weights(self._model)
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_ids = _stop_ids(self._model, tokenizer)
@@ -158,7 +158,7 @@ class TransformersEngine(Engine):
     def _require(self, *parts: WakePart) -> None:
         if self._model is None:
             raise EngineError(
-                "TransformersEngine is closed; build a new one."
+                "TransformersEngine is closed; start() it anew."
                 if self._closed
                 else "Call start() on the engine first."
             )
@@ -247,7 +247,7 @@ class TransformersEngine(Engine):
         if not bool(log_probs.isfinite().all()):
             raise EngineError(
                 f"The model's logits for prompt {prompt.uid!r} are not finite under weights of version "
-                f"{self.weight_version}; training has diverged, or {self._dtype} is too narrow."
+                f"{self.weight_version}; training has diverged, or {self.dtype} is too narrow."
             )
         return Response(
             token_ids=torch.tensor(ids, dtype=torch.int64),

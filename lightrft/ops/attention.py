@@ -18,20 +18,23 @@ def varlen_attention(
 ) -> Tensor:
     """Attention of every token to itself and the tokens before it in its own segment.
 
-    In half precision on a GPU this is torch's variable-length flash attention. Elsewhere the segments are padded to
-    rectangles for ``scaled_dot_product_attention``: right padding with a causal mask needs no other mask.
+    In half precision on a GPU this is torch's variable-length flash attention. Elsewhere, and where values have another
+    width than keys, the segments are padded to rectangles for ``scaled_dot_product_attention``: right padding with a
+    causal mask needs no other mask.
 
     Args:
-        query: ``[N, H_q, D]``.
-        key, value: ``[N, H_kv, D]``; ``H_q`` is a multiple of ``H_kv``. (The padded way lets value differ in ``D``.)
+        query: ``[N, H_q, D]``. Under autocast float32 becomes the autocast dtype, as in torch's own attention.
+        key: ``[N, H_kv, D]``; ``H_q`` is a multiple of ``H_kv``.
+        value: ``[N, H_kv, D_v]``.
         cu_seqlens: int32 ``[S + 1]``.
         scale: multiplies the scores before the softmax.
         window: a token sees at most this many tokens, itself included; ``None`` is all.
 
     Returns:
-        ``[N, H_q, D]``.
+        ``[N, H_q, D_v]``.
     """
-    if query.is_cuda and query.dtype in _KERNEL_DTYPES:
+    query, key, value = (_autocast(states) for states in (query, key, value))
+    if query.is_cuda and query.dtype in _KERNEL_DTYPES and value.shape[-1] == key.shape[-1]:
         from torch.nn.attention.varlen import varlen_attn
 
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
@@ -40,6 +43,14 @@ def varlen_attention(
         out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options)
         return cast(Tensor, out)
     return _padded_attention(query, key, value, cu_seqlens, scale, window)
+
+
+def _autocast(states: Tensor) -> Tensor:
+    """Norms of queries and keys leave them in float32, beside values in half precision: no kernel takes such a mix."""
+    device = states.device.type
+    if states.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return states.to(torch.get_autocast_dtype(device))
+    return states
 
 
 def _padded_attention(

@@ -26,7 +26,8 @@ class _LogProbEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None]:
         logits, targets, log_normalizer, entropy = ctx.saved_tensors
-        log_p = (logits - log_normalizer[:, None]).clamp_min(torch.finfo(logits.dtype).min)
+        # Far below where exp gives 0 nothing changes, and -inf must stay finite under any gradient that multiplies it.
+        log_p = (logits - log_normalizer[:, None]).clamp_min(-1e4)
         probs = log_p.exp()
         # d log p_y / dz = 1_y - p;  dH / dz = -p (log p + H)
         grad = log_p.add_(entropy[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_log_probs[:, None]).mul_(probs)

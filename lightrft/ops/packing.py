@@ -5,6 +5,7 @@ A packed row computes no padding: position ids restart at each sequence and ``cu
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -89,7 +90,7 @@ def pad(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Share sequences out to as few micro-batches as the token budget allows, longest first to the emptiest.
+    """Share sequences out to few micro-batches within a token budget, evenly: longest first to the emptiest.
 
     Args:
         lengths: tokens of each sequence.
@@ -99,14 +100,23 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
         Row indices of each micro-batch, ascending within it; deterministic.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    count = max(1, -(-sum(lengths) // budget))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(count)]
-        loads = [0] * count
-        for row in order:
-            emptiest = min(range(count), key=loads.__getitem__)
-            bins[emptiest].append(row)
-            loads[emptiest] += lengths[row]
-        if all(load <= budget or len(rows) == 1 for load, rows in zip(loads, bins)):
-            return [sorted(rows) for rows in bins if rows]
+    alone = [[row] for row in order if lengths[row] > budget]
+    rest = order[len(alone) :]
+    # No fewer will do: all tokens must fit, and no two rows of more than half the budget fit together.
+    count = max(1, -(-sum(lengths[row] for row in rest) // budget), sum(2 * lengths[row] > budget for row in rest))
+    while (shared := _emptiest_first(rest, lengths, budget, count)) is None:
         count += 1
+    return alone + [sorted(rows) for rows in shared if rows]
+
+
+def _emptiest_first(order: list[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """``order`` dealt to ``count`` micro-batches; ``None`` where one would hold more than ``budget``."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for row in order:
+        load, emptiest = loads[0]
+        if load + lengths[row] > budget:
+            return None
+        bins[emptiest].append(row)
+        heapq.heapreplace(loads, (load + lengths[row], emptiest))
+    return bins

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 _PROGRAM = Path(__file__).with_name("verify_worker.py")
 _MEMORY_BYTES = 1 << 30
+_RETIRE_BYTES = _MEMORY_BYTES // 2  # a worker past this is replaced after its answer
 _SECONDS_TO_START = 300.0  # many ranks importing sympy from one network file system take minutes
 _ITEMS_PER_TRIP = 16
 _BYTES_PER_TRIP = 1 << 15  # what is sent fits the pipe, so that sending never waits for a worker
@@ -139,7 +140,11 @@ class _Worker:
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.input, self.output, self.errors = self.process.stdin, self.process.stdout, self.process.stderr
-        self._write(json.dumps({"path": sys.path, "memory_bytes": _MEMORY_BYTES, "seconds": seconds}))
+        self._write(
+            json.dumps(
+                {"path": sys.path, "memory_bytes": _MEMORY_BYTES, "retire_bytes": _RETIRE_BYTES, "seconds": seconds}
+            )
+        )
 
     def died_idle(self) -> bool:
         """Something other than a claim ended it (the machine ran out of memory): no claim may be blamed."""

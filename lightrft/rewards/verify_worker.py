@@ -44,7 +44,7 @@ def main() -> None:
             right = judge(reference, text, boxed)
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.write(replies, b"1" if right else b"0")
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > settings["memory_bytes"] / 2:
+            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > settings["retire_bytes"]:
                 # What one answer left in caches may not make a later, right answer run out of memory.
                 os.write(replies, b"x")
                 return

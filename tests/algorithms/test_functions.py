@@ -48,8 +48,17 @@ def test_group_advantages(rows: list[tuple[int, float, bool]]) -> None:
 
 
 def test_equal_rewards_have_advantage_exactly_zero_whatever_their_mean_rounds_to() -> None:
-    rewards = torch.full((7,), 0.1 + 0.2)
-    assert not group_norm(rewards, torch.zeros(7, dtype=torch.int64), torch.ones(7, dtype=torch.bool)).any()
+    for count in (2, 3, 7, 10):
+        rewards = torch.full((count,), 0.1 + 0.2)
+        for function in (group_norm, group_mean):
+            assert not function(rewards, torch.zeros(count).long(), torch.ones(count).bool()).any()
+
+
+def test_a_response_that_is_not_trained_on_moves_no_advantage() -> None:
+    rewards, groups = torch.tensor([1.0, 0.0, 1e9, math.nan]), torch.zeros(4, dtype=torch.int64)
+    valid = torch.tensor([True, True, False, False])
+    assert group_mean(rewards, groups, valid).tolist() == [0.5, -0.5, 0.0, 0.0]
+    assert group_norm(rewards, groups, valid)[2:].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def test_in_a_run_every_update_follows_the_rule_and_the_loss_uses_it(inputs: Pat
             # Listed before the controller: the coefficient is still the one of this update's loss.
             loss = outputs["policy_loss"] + pl_module.algorithm.kl_coefficient * outputs["kl_loss"]
             assert outputs["loss"] == pytest.approx(loss, abs=1e-6)
-            seen.append((outputs["kl/reference_per_response"], outputs["responses"], pl_module.algorithm.kl_coefficient))
+            seen.append(
+                (outputs["kl/reference_per_response"], outputs["responses"], pl_module.algorithm.kl_coefficient)
+            )
 
     controller = KLController(target=0.05, horizon=200)
     usual = [tiny_run.sampler(), WeightSync(), Watch(), controller]

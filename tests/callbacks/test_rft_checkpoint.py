@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
 from collections import namedtuple
@@ -147,7 +148,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_to_resume_from(
     ):
         tiny_run.fit(inputs, tmp_path, [FullDisk(every_n_iterations=1)])
     (folder,) = (tmp_path / "version_0" / "checkpoints").iterdir()  # nothing half-written is left
-    assert folder.name == "iteration-000001" and checkpoint.find("last", tmp_path) == folder
+    assert folder.name == "iteration-000001" and checkpoint.find("last", [tmp_path]) == folder
     resumed = tiny_run.fit(inputs, tmp_path, ckpt_path="last")
     whole = tiny_run.fit(inputs, tmp_path / "whole")
     assert tiny_run.differences(tiny_run.weights(resumed), tiny_run.weights(whole)) == []
@@ -182,13 +183,15 @@ def test_no_space_left_at_any_file_says_so(
 # Finding one
 
 
-def test_last_is_the_newest_complete_one_of_all_runs(inputs: Path, tmp_path: Path) -> None:
-    for name in ("version_0/checkpoints/a", "version_1/checkpoints/b", "version_1/checkpoints/.partial-c"):
+def test_last_is_the_newest_complete_one_of_all_runs(tmp_path: Path) -> None:
+    ages = {"version_0/checkpoints/a": 1, "version_1/checkpoints/b": 2, "version_1/checkpoints/.partial-c": 3}
+    for name, seconds in ages.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "rank-0.pt").touch()
-    assert checkpoint.find("last", tmp_path).name == "b"
-    (tmp_path / "version_0" / "checkpoints" / "a" / "rank-1.pt").touch()
-    assert checkpoint.find("last", tmp_path).name == "a"
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert checkpoint.find("last", [tmp_path]).name == "b"
+    os.utime(tmp_path / "version_0/checkpoints/a", (4, 4))
+    assert checkpoint.find("last", [tmp_path]).name == "a"
 
 
 def test_a_partial_folder_alone_is_none(inputs: Path, tmp_path: Path) -> None:

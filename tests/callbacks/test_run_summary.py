@@ -34,8 +34,10 @@ def test_the_file_and_the_table_hold_the_runs_numbers(
 
 
 @pytest.mark.parametrize(
-    "others", [[Throughput()], [Validation()], [Validation(at_start=False), Throughput()]], ids=["no validation", "no throughput", "not at start"]
-)  # fmt: skip
+    "others",
+    [[Throughput()], [Validation()], [Validation(at_start=False), Throughput()]],
+    ids=["no validation", "no throughput", "not at start"],
+)
 def test_without_the_callbacks_it_reads_it_is_refused(inputs: Path, tmp_path: Path, others: list[RFTCallback]) -> None:
     usual = [tiny_run.sampler(), WeightSync(), *others, RunSummary()]
     with pytest.raises(ValueError, match=r"RunSummary needs .*Validation \(at_start: true\) and Throughput"):

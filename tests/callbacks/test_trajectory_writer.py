@@ -50,19 +50,19 @@ def test_a_line_holds_the_response_as_it_was_sampled_and_scored(inputs: Path, tm
     assert float(row["reward/mean"]) == pytest.approx(sum(line["reward"] for line in lines) / 16)
 
 
-def test_how_often_and_how_many_lines_is_the_users_choice(inputs: Path, tmp_path: Path) -> None:
-    writer = TrajectoryWriter(every_n_iterations=2, max_responses=3)
+def test_how_often_is_the_users_choice(inputs: Path, tmp_path: Path) -> None:
+    writer = TrajectoryWriter(every_n_iterations=2)
     usual = [tiny_run.sampler(), WeightSync(), Validation(), writer]
     trainer = tiny_run.fit(inputs, tmp_path, usual=usual)
     names = {"train-000001-rank0.jsonl", "train-000003-rank0.jsonl", "val-000000-rank0.jsonl", "val-000003-rank0.jsonl"}
     written = tiny_run.trajectories(trainer.log_dir)
     assert set(written) == names
     lines = [json.loads(line) for text in written.values() for line in text.splitlines()]
-    assert len(lines) == 3 * 4 and not any("token_ids" in line or "log_probs" in line for line in lines)
+    assert len(lines) == 2 * 16 + 2 * 6 and not any("token_ids" in line or "log_probs" in line for line in lines)
 
 
 def test_what_a_model_writes_cannot_break_a_line(inputs: Path, tmp_path: Path) -> None:
-    hostile = "line\nbreak \u2028 \x00 \ud800 \"quote\" {}"
+    hostile = 'line\nbreak \u2028 \x00 \ud800 "quote" {}'
 
     class Crafted(RFTCallback):
         def on_rollout_end(self, trainer: Any, pl_module: Any, rollout: Rollout) -> None:
@@ -74,7 +74,6 @@ def test_what_a_model_writes_cannot_break_a_line(inputs: Path, tmp_path: Path) -
     assert [line["response"] for line in lines] == [hostile] * 16
 
 
-@pytest.mark.parametrize("options", [{"every_n_iterations": 0}, {"max_responses": 0}])
-def test_numbers_without_meaning_are_refused(options: dict[str, int]) -> None:
+def test_a_number_without_meaning_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        TrajectoryWriter(**options)  # type: ignore[arg-type]
+        TrajectoryWriter(every_n_iterations=0)

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from lightrft.data import PromptData, Source
+from lightrft.data import PromptData, PromptSource, Source
 
 Write = Callable[..., str]
 RECORDS = [{"input": f"q{i}", "reference": i, "label": "rule" if i % 2 else None} for i in range(5)]
@@ -301,7 +301,7 @@ def test_yaml_builds_prompts_from_one_source_and_from_a_list() -> None:
         Source("a.jsonl", probability=0.75, label="rule"),
         Source("openai/gsm8k", subset="main", probability=0.25, format="gsm8k"),
     ]
-    assert data.val == [Source("v.parquet", images_key=None)]
+    assert data.val == [PromptSource("v.parquet", images_key=None)]
     assert data.on_bad_record == "skip"
 
 

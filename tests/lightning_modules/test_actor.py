@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from trainer import tiny_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightrft.lightning_modules import ActorModule, LoRA
 from lightrft.ops import pack
@@ -22,27 +22,51 @@ PLAIN: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 16,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 8,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
-    "qwen2-sliding": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
-    "qwen3": {},
+    "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+    # Its window is in the mask alone, which packed attention never builds.
+    "qwen2_moe-sliding": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, **EXPERTS},
+    "qwen3": {"head_dim": 16},
     "llama": {"tie_word_embeddings": False},
     "mistral": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 3, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    # Latent attention: values are narrower than keys.
+    "deepseek_v2": {
+        "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+PADDED_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3},
+    "bloom": {"n_layer": 2, "n_head": 2, "attention_dropout": 0.1},
+    "nemotron": {},
+    "lfm2": {"full_attn_idxs": [1], "block_multiple_of": 8},
+    "jamba": {"mamba_d_state": 4, "use_mamba_kernels": False, "num_experts": 2},
 }
 
 
 def config_of(family: str) -> dict[str, Any]:
-    own = FAMILIES[family]
-    return {"model_type": family, **PLAIN, **own}
+    own = FAMILIES.get(family) or PADDED_FAMILIES.get(family, {})
+    model_type = family.split("-")[0]
+    known = AutoConfig.for_model(model_type)
+    return {"model_type": model_type, **{key: value for key, value in PLAIN.items() if hasattr(known, key)}, **own}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +80,16 @@ def build(inputs: Path, config: dict[str, Any], **options: Any) -> ActorModule:
     actor = ActorModule(config=config, tokenizer=str(inputs / "tokenizer"), **options)
     actor.configure_model()
     return actor.double()
+
+
+def sharpen(actor: ActorModule) -> ActorModule:
+    """Weights of a size at which every token before shows in the log-probs; fresh ones hardly look back. Float32."""
+    actor.float()  # kernels of experts know no float64
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10.0)
+    return actor
 
 
 def sequences() -> list[Tensor]:
@@ -83,19 +117,68 @@ def plain(actor: ActorModule, row: Tensor, temperature: float = 1.0) -> tuple[Te
     return log_p.gather(-1, row[1:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
+def check_against_plain(actor: ActorModule) -> None:
+    """Value and gradient of log-probs and entropy of all sequences, against those of each alone by the model itself."""
+    rows = sequences()
+    parameters = [parameter for parameter in actor.parameters() if parameter.requires_grad]
+
+    def gradient(log_probs: Tensor, entropy: Tensor) -> Tensor:
+        loss = log_probs.sum() + 0.3 * (entropy * entropy.detach()).sum()
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+    ours = [torch.cat(parts) for parts in run(actor, rows, temperature=0.7)]
+    theirs = [torch.cat(parts) for parts in zip(*(plain(actor, row, temperature=0.7) for row in rows))]
+    for mine, expected in zip(ours, theirs):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    expected = gradient(*theirs)
+    assert float((gradient(*ours) - expected).norm() / expected.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_models_own_forward_one_by_one(inputs: Path, family: str, packing: bool) -> None:
-    actor, rows = build(inputs, config_of(family), packing=packing), sequences()
-    log_probs, entropies = run(actor, rows, temperature=0.7)
-    for row, log_prob, entropy in zip(rows, log_probs, entropies):
-        expected = plain(actor, row, temperature=0.7)
-        # Norms and rotations of transformers compute in float32 inside a float64 model.
-        torch.testing.assert_close(log_prob, expected[0], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(entropy, expected[1], rtol=1e-6, atol=1e-6)
+    check_against_plain(sharpen(build(inputs, config_of(family), packing=packing)))
 
 
-@pytest.mark.parametrize("options", [{"packing": False}, {"gradient_checkpointing": True}, {"logit_chunk_tokens": 3}])
+@pytest.mark.parametrize("family", PADDED_FAMILIES)
+def test_an_architecture_that_cannot_be_packed_is_refused_and_runs_padded(inputs: Path, family: str) -> None:
+    with pytest.raises(ValueError, match=r"^\w+ .*; set packing: false on the actor\.$"):
+        build(inputs, config_of(family))
+    check_against_plain(sharpen(build(inputs, config_of(family), packing=False)))
+
+
+def test_a_refused_actor_is_refused_again(inputs: Path) -> None:
+    actor = ActorModule(config=config_of("gemma2"), tokenizer=str(inputs / "tokenizer"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="packing: false"):
+            actor.configure_model()
+
+
+def test_a_leak_that_fresh_weights_hardly_show_is_refused(inputs: Path) -> None:
+    # XGLM has attention of its own that sees across the row, worth 0.0008 nats at this size.
+    config = {**config_of("xglm"), "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 2}
+    with pytest.raises(ValueError, match=r"gives other log-probs .*packing: false"):
+        build(inputs, config)
+    check_against_plain(sharpen(build(inputs, config, packing=False)))
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [
+        ("gpt2", {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}),
+        ("qwen2", {"attention_dropout": 0.5}),
+        ("bloom", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
+        ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    ],
+)
+def test_training_has_no_dropout(inputs: Path, family: str, dropout: dict[str, Any]) -> None:
+    actor = build(inputs, {**config_of(family), **dropout}, packing=False)
+    evaluated, trained = (torch.cat(run(mode, sequences())[0]) for mode in (actor.eval(), actor.train()))
+    torch.testing.assert_close(trained, evaluated, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"packing": False}, {"gradient_checkpointing": True}])
 def test_the_gradient_does_not_depend_on_how_memory_is_saved(inputs: Path, options: dict[str, Any]) -> None:
     def gradient(actor: ActorModule) -> Tensor:
         log_probs, entropies = run(actor.train(), sequences())
@@ -105,16 +188,6 @@ def test_the_gradient_does_not_depend_on_how_memory_is_saved(inputs: Path, optio
     reference = gradient(build(inputs, tiny_run.QWEN2))
     other = gradient(build(inputs, tiny_run.QWEN2, **options))
     assert float((other - reference).norm() / reference.norm()) < 1e-10
-
-
-def test_an_architecture_that_cannot_be_packed_is_refused_and_runs_padded(inputs: Path) -> None:
-    config = {"model_type": "gemma2", **PLAIN, "attn_logit_softcapping": 0.01, "final_logit_softcapping": 0.05}
-    with pytest.raises(ValueError, match="packing: false"):
-        build(inputs, config)
-    actor = build(inputs, config, packing=False)
-    log_probs, _ = run(actor, sequences())
-    for row, log_prob in zip(sequences(), log_probs):
-        torch.testing.assert_close(log_prob, plain(actor, row)[0], rtol=1e-2, atol=1e-2)
 
 
 def with_adapter(inputs: Path) -> ActorModule:
@@ -182,11 +255,11 @@ def test_an_actor_without_a_clear_origin_is_refused(options: dict[str, Any], say
 
 def test_what_does_not_load_is_named(inputs: Path, tmp_path: Path) -> None:
     tokenizer = str(inputs / "tokenizer")
-    with pytest.raises(ValueError, match=r"Cannot load a tokenizer from .*nowhere"):
+    with pytest.raises(ValueError, match=r"tokenizer .*nowhere"):
         ActorModule(config=tiny_run.QWEN2, tokenizer=str(tmp_path / "nowhere")).configure_model()
-    with pytest.raises(ValueError, match=r"Cannot build a causal language model from model .*nowhere"):
+    with pytest.raises(ValueError, match=r"model .*nowhere"):
         ActorModule(model=str(tmp_path / "nowhere"), tokenizer=tokenizer).configure_model()
-    with pytest.raises(ValueError, match=r"config .*no_such_type"):
+    with pytest.raises(ValueError, match="no_such_type"):
         ActorModule(config={"model_type": "no_such_type"}, tokenizer=tokenizer).configure_model()
     with pytest.raises(ValueError, match="14 tokens but the model embeds only 9"):
         build(inputs, {**tiny_run.QWEN2, "vocab_size": 9})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from lightrft.ops import varlen_attention
 
@@ -44,6 +45,26 @@ def test_equals_each_segment_alone_in_value_and_gradient(kv_heads: int, window: 
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_nothing_is_seen_across_segments() -> None:
+    bounds = torch.tensor([0, 5, 9], dtype=torch.int32)
+    inputs = [torch.randn(9, 2, 8, requires_grad=True) for _ in range(3)]
+    first = varlen_attention(*inputs, bounds, scale=0.3)[:5]
+    for gradient in torch.autograd.grad(first.sum(), inputs):
+        assert gradient[:5].any() and not gradient[5:].any()
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_under_autocast_float32_queries_become_its_dtype(window: int | None) -> None:
+    """Norms leave queries and keys in float32 beside half-precision values."""
+    bounds = torch.tensor([0, 5, 9], dtype=torch.int32)
+    q, k, v = (torch.randn(9, 2, 8) for _ in range(3))
+    half = [x.bfloat16() for x in (q, k, v)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = varlen_attention(q, k, half[2], bounds, scale=0.3, window=window)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed, varlen_attention(*half, bounds, scale=0.3, window=window), rtol=0, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("window", [None, 4])
@@ -60,3 +81,15 @@ def test_the_gpu_kernel_equals_the_padded_way(kv_heads: int, window: int | None)
     theirs = torch.autograd.grad((expected * weight).sum(), plain)
     for left, right in zip(mine, theirs):
         torch.testing.assert_close(left.cpu().double(), right, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+def test_the_gpu_kernel_takes_what_autocast_mixes_and_narrow_values() -> None:
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32).cuda()
+    q, k, v = (torch.randn(sum(LENGTHS), 4, 64, device="cuda") for _ in range(3))
+    with torch.autocast("cuda", dtype=torch.bfloat16), profile(activities=[ProfilerActivity.CPU]) as seen:
+        mixed = varlen_attention(q, k, v.bfloat16(), bounds, scale=0.125)
+    assert any("varlen" in event.key or "flash" in event.key for event in seen.key_averages())
+    torch.testing.assert_close(mixed.float(), varlen_attention(q, k, v, bounds, scale=0.125), rtol=2e-2, atol=2e-2)
+    narrow = varlen_attention(q.bfloat16(), k.bfloat16(), v[..., :48].bfloat16(), bounds, scale=0.125)
+    torch.testing.assert_close(narrow.float(), mixed[..., :48].float(), rtol=2e-2, atol=2e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -49,17 +50,40 @@ def test_gradient_of_each_output_equals_finite_differences() -> None:
         )
 
 
-def test_forbidden_tokens_add_nothing() -> None:
-    hidden, targets, head = inputs()
-    forbidden = torch.zeros(VOCABULARY, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_forbidden_tokens_add_nothing(dtype: torch.dtype) -> None:
+    hidden, targets, head = inputs(dtype)
+    forbidden = torch.zeros(VOCABULARY, dtype=dtype)
     forbidden[3] = -torch.inf
     targets[targets == 3] = 4
-    log_probs, entropy = log_probs_and_entropy(hidden, targets, lambda h: head(h) + forbidden)
     rest = [i for i in range(VOCABULARY) if i != 3]
     log_p = head(hidden)[:, rest].log_softmax(-1)
-    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1))
+    places = torch.tensor([rest.index(target) for target in targets.tolist()])
+    theirs = log_p.gather(-1, places[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    ours = log_probs_and_entropy(hidden, targets, lambda h: head(h) + forbidden)
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine, other)
+    # Gradients above 1, by which the largest finite number would overflow.
+    loss = [(-3 * log_probs + 5 * entropy).sum() for log_probs, entropy in (ours, theirs)]
+    mine, other = (torch.autograd.grad(one, [hidden, *head.parameters()]) for one in loss)
+    for left, right in zip(mine, other):
+        torch.testing.assert_close(left, right)
+
+
+def test_a_drawn_token_that_is_forbidden_now_has_no_gradient_of_its_own() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]], requires_grad=True)
+    log_probs, _ = log_probs_and_entropy(logits, torch.tensor([2]), lambda h: h)
+    assert float(log_probs.detach()) == -torch.inf
+    (gradient,) = torch.autograd.grad(log_probs.clamp_min(-20).sum(), logits)
+    assert not gradient.any()
+
+
+def test_large_logits_overflow_nothing() -> None:
+    logits = torch.tensor([[9e4, -9e4, 0.0], [50.0, 50.0, -3e38]], requires_grad=True)
+    log_probs, entropy = log_probs_and_entropy(logits, torch.tensor([0, 1]), lambda h: h)
+    torch.testing.assert_close(log_probs, torch.tensor([0.0, -math.log(2)]))
     (log_probs.sum() + entropy.sum()).backward()
-    assert torch.isfinite(hidden.grad).all()
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_half_precision_gives_float32() -> None:

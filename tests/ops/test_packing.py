@@ -89,3 +89,32 @@ def test_split_takes_every_row_once_within_the_budget(lengths: list[int], budget
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40))
 def test_split_needs_one_part_where_all_fits(lengths: list[int]) -> None:
     assert split_by_tokens(lengths, sum(lengths)) == [list(range(len(lengths)))]
+
+
+def test_a_long_row_goes_alone_and_spreads_no_others() -> None:
+    assert split_by_tokens([4, 1000, 1, 5], 10) == [[1], [0, 2, 3]]
+
+
+def test_split_is_even_and_stable_among_equals() -> None:
+    assert split_by_tokens([3, 3, 3, 3], 6) == [[0, 2], [1, 3]]
+    loads = [sum(part) for part in split_by_tokens(list(range(1, 41)), 210)]
+    assert max(loads) - min(loads) <= 40
+
+
+def test_as_many_parts_as_rows_of_more_than_half_the_budget_are_found_at_once() -> None:
+    # Searched upwards from the sum of tokens with a scan of all parts for each row, this took minutes.
+    assert len(split_by_tokens([9_900] * 4096, 16_384)) == 4096
+    mixed = split_by_tokens([4_000 + 7 * (i * 7919 % 1285) for i in range(4096)], 16_384)
+    assert len(mixed) < 2400
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 3]], ids=str)
+def test_split_knows_empty_rows(lengths: list[int]) -> None:
+    parts = split_by_tokens(lengths, 5)
+    assert parts == ([list(range(len(lengths)))] if lengths else [])
+
+
+def test_a_packed_batch_moves_with_all_it_has() -> None:
+    packed = pack([torch.arange(4)], torch.tensor([2]), torch.tensor([[True, True]])).to(torch.device("meta"))
+    assert {value.device.type for value in vars(packed).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert packed.shape == (1, 2)

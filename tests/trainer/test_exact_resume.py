@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ DRIVER = Path(__file__).with_name("kill_driver.py")
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     inputs = tiny_run.write_inputs(tmp_path_factory.mktemp("resume"))
-    done = subprocess.run([sys.executable, str(DRIVER), str(inputs)], capture_output=True, text=True, timeout=280)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(DRIVER.parent), *sys.path])}
+    command = [sys.executable, str(DRIVER), str(inputs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
