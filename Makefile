@@ -1,6 +1,7 @@
 # Everything runs in $(VENV), installed under constraints.txt. Another Python: make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON ?= python3
 VENV ?= .venv
+QUICKSTART_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 CONSTRAINTS ?= constraints.txt
 
@@ -32,7 +33,7 @@ $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 ## quickstart: install and train the example
 quickstart: install
-	$(VENV)/bin/python examples/quickstart/run.py
+	$(VENV)/bin/python examples/quickstart/run.py $(QUICKSTART_ARGS)
 
 ## test: the whole suite
 test: $(VENV)/.installed-dev

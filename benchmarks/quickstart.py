@@ -93,7 +93,7 @@ def draw(runs: dict[str, dict[str, Any]]) -> None:
     axes.set(xlabel="GRPO iteration", ylabel="held-out accuracy", ylim=(0, 1))
     axes.set_title("Two-digit addition, 1000 held-out sums, greedy; iteration 0 is the supervised start", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center right")
     figure.tight_layout()
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE)

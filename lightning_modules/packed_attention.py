@@ -87,5 +87,5 @@ def plain(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _window_of_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-    """In place of the mask that ``transformers`` asks for, its window: some families (Qwen2-MoE) name it nowhere else."""
+    """In place of the mask ``transformers`` asks for, its window: some families (Qwen2-MoE) name it nowhere else."""
     return None if local_size is None else torch.tensor(local_size)

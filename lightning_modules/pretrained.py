@@ -142,8 +142,8 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Weights under the names the plain ``transformers`` model gives them, adapters added; tied ones come once.
 
-    Parameters, then the buffers that a checkpoint holds (routing biases, say). The base weights are not touched; merging
-    in place and back would round them.
+    Parameters, then the buffers that a checkpoint holds (routing biases, say). The base weights are not touched;
+    merging in place and back would round them.
     """
     adapted = {
         f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")

@@ -66,8 +66,8 @@ class RFTTrainer:
     Args:
         accelerator, strategy, devices, num_nodes: as for :class:`lightning.fabric.Fabric`; strategies are ``auto`` and
             ``ddp``.
-        precision: ``32-true``, ``bf16-mixed``, ``64-true`` or ``bf16-true``; the last keeps no float32 weights, in which
-            a step as small as those of RL is lost in rounding.
+        precision: ``32-true``, ``bf16-mixed``, ``64-true`` or ``bf16-true``; the last keeps no float32 weights, and
+            rounds away steps as small as those of RL.
         callbacks: subclasses of :class:`~lightrft.callback.RFTCallback`; exactly one must be a ``RolloutCallback``.
         logger: where metrics go; ``None`` is a ``metrics.csv`` under ``default_root_dir``, an empty list is nowhere.
         default_root_dir: folder of the run's artefacts.
@@ -530,8 +530,8 @@ class RFTTrainer:
         ranks, updates = self.fabric.world_size, self.updates_per_iteration
         rank_zero_info(
             f"Each iteration: {self.prompts_per_iteration} prompts x {self.samples_per_prompt} responses on {ranks} "
-            f"rank(s), {updates} update(s) of {self.responses_per_update} responses, {self.responses_per_update // ranks} "
-            f"a rank; {self.max_iterations} iterations, {self.max_iterations * updates} updates in all."
+            f"rank(s), {updates} update(s) of {self.responses_per_update} responses "
+            f"({self.responses_per_update // ranks} a rank); {self.max_iterations} iterations, {self.max_iterations * updates} updates in all."
         )
 
     def _check_world_size(self) -> None:

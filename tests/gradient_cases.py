@@ -37,8 +37,12 @@ class Recorder(torch.optim.SGD):
         self.gradient = torch.cat([p.grad.flatten().double() for group in self.param_groups for p in group["params"]])
 
 
-def rollout() -> Rollout:
-    """Eight prompts of two responses, of 0 to 9 tokens; one response is dropped. The same on every rank."""
+def rollout(keep: int = 16) -> Rollout:
+    """Eight prompts of two responses, of 0 to 9 tokens; one response is dropped. The same on every rank.
+
+    Args:
+        keep: responses after this many are dropped too.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def tokens(count: int) -> torch.Tensor:
@@ -53,7 +57,7 @@ def rollout() -> Rollout:
 
     groups = [[response(), response()] for _ in prompts]
     for index, scored in enumerate(one for group in groups for one in group):
-        scored.reward, scored.dropped = float(index % 5), index == 7
+        scored.reward, scored.dropped = float(index % 5), index == 7 or index >= keep
     return Rollout(prompts, groups, Sampling())
 
 
@@ -62,7 +66,9 @@ def share(batch: Batch, fabric: Fabric) -> Batch:
     return batch.select(range(fabric.global_rank * rows, (fabric.global_rank + 1) * rows))
 
 
-def gradient(fabric: Fabric, inputs: Path, budget: int, packing: bool, aggregation: Any) -> torch.Tensor:
+def gradient(
+    fabric: Fabric, inputs: Path, budget: int, packing: bool, aggregation: Any, keep: int = 16
+) -> torch.Tensor:
     """The step's gradient, flattened, float64."""
     fabric.seed_everything(0, verbose=False)
     actor = ActorModule(
@@ -75,7 +81,7 @@ def gradient(fabric: Fabric, inputs: Path, budget: int, packing: bool, aggregati
     with fabric.init_module():
         module.configure_model()
     learner = Learner(fabric, module, budget, gradient_clip_val=None)
-    batch = share(Batch.from_rollout(rollout()), fabric)
+    batch = share(Batch.from_rollout(rollout(keep)), fabric)
     learner.prepare(batch, TEMPERATURE)
     # Off policy, away from the reference, and near no kink of the clip: where each term has a gradient.
     batch.log_probs_old = batch.log_probs_old + 0.05 * batch.response_mask
@@ -108,6 +114,10 @@ def main() -> None:
         for (name, budget), packing, aggregation in itertools.product(BUDGETS.items(), (True, False), AGGREGATIONS):
             key = (precision, name, "packed" if packing else "padded", aggregation)
             gradients[key] = gradient(fabric, inputs, budget, packing, aggregation)
+        for name, aggregation in itertools.product(("1 micro-batch", "4 micro-batches"), AGGREGATIONS):
+            # Of two ranks the second has nothing to train on, and must still keep step with the first.
+            key = (precision, f"half dropped, {name}", "packed", aggregation)
+            gradients[key] = gradient(fabric, inputs, BUDGETS[name], True, aggregation, keep=8)
         with local_means():
             for aggregation in AGGREGATIONS:
                 key = (precision, "local means", "packed", aggregation)

@@ -13,6 +13,7 @@ from trainer import tiny_run
 
 SCRIPT = Path(__file__).with_name("gradient_cases.py")
 TOLERANCE = {"32-true": 1e-6, "64-true": 1e-10}
+CUTS = ("1 micro-batch", "2 micro-batches", "4 micro-batches", "uneven")
 Gradients = dict[tuple[str, ...], torch.Tensor]
 
 
@@ -32,18 +33,32 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Gradients]:
     return found
 
 
-def distance(gradients: dict[int, Gradients], ranks: int, key: tuple[str, ...]) -> float:
+def distance(
+    gradients: dict[int, Gradients], ranks: int, key: tuple[str, ...], undivided: str = "1 micro-batch"
+) -> float:
     """``||g - g0|| / ||g0||``, g0 the packed, undivided step on one rank."""
-    whole = gradients[1][(key[0], "1 micro-batch", "packed", key[3])]
+    whole = gradients[1][(key[0], undivided, "packed", key[3])]
     return float((gradients[ranks][key] - whole).norm() / whole.norm())
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradient_does_not_depend_on_the_cut(gradients: dict[int, Gradients], ranks: int, precision: str) -> None:
-    cases = [key for key in gradients[ranks] if key[0] == precision and key[1] != "local means"]
+    cases = [key for key in gradients[ranks] if key[0] == precision and key[1] in CUTS]
     assert len(cases) == 4 * 2 * 4  # cuts x layouts x aggregations
     far = {key: distance(gradients, ranks, key) for key in cases}
+    assert {key: gap for key, gap in far.items() if not gap <= TOLERANCE[precision]} == {}
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_without_a_trained_token_changes_nothing(
+    gradients: dict[int, Gradients], ranks: int, precision: str
+) -> None:
+    undivided = "half dropped, 1 micro-batch"
+    cases = [key for key in gradients[ranks] if key[0] == precision and key[1].startswith("half dropped")]
+    assert len(cases) == 2 * 4  # cuts x aggregations
+    far = {key: distance(gradients, ranks, key, undivided) for key in cases}
     assert {key: gap for key, gap in far.items() if not gap <= TOLERANCE[precision]} == {}
 
 

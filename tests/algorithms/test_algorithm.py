@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -91,7 +92,8 @@ def test_a_ratio_beyond_its_bound_has_no_gradient_where_the_advantage_pushes_on(
     batch, _, totals = step()
     algorithm = Algorithm(clip_low=0.1, clip_high=0.4, kl_in_loss="none", kl_coefficient=0.0)
     for ratio, advantage, moves in (
-        (1.3, 1.0, True), (1.5, 1.0, False), (1.5, -1.0, True), (0.95, -1.0, True), (0.8, -1.0, False), (0.8, 1.0, True),
+        (1.3, 1.0, True), (1.5, 1.0, False), (1.5, -1.0, True),
+        (0.95, -1.0, True), (0.8, -1.0, False), (0.8, 1.0, True),
     ):  # fmt: skip
         batch.advantages = torch.full((4, WIDTH), advantage)
         leaf = (batch.log_probs_old + math.log(ratio)).requires_grad_()
@@ -125,7 +127,7 @@ def test_parts_of_a_step_sum_to_the_whole(lengths: list[int], cuts: list[int], a
     whole, metrics = algorithm.loss(log_probs, log_probs, batch, totals)
     bounds = [0, *sorted({cut for cut in cuts if cut < len(lengths)}), len(lengths)]
     parts = []
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         rows = list(range(start, end))
         parts.append(algorithm.loss(log_probs[rows], log_probs[rows], batch.select(rows), totals))
     assert float(sum(loss for loss, _ in parts)) == pytest.approx(float(whole), rel=1e-12, abs=1e-12)

@@ -124,7 +124,7 @@ def test_there_must_be_exactly_one_rollout_callback(tmp_path: Path) -> None:
 
 
 def test_a_second_checkpoint_callback_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lists 2 of .*keep one"):
+    with pytest.raises(ValueError, match=r"lists 2 of .*keep one"):
         tiny_run.trainer(tmp_path, [RFTCheckpoint(), RFTCheckpoint(every_n_iterations=3)])
 
 
