@@ -531,7 +531,8 @@ class RFTTrainer:
         rank_zero_info(
             f"Each iteration: {self.prompts_per_iteration} prompts x {self.samples_per_prompt} responses on {ranks} "
             f"rank(s), {updates} update(s) of {self.responses_per_update} responses "
-            f"({self.responses_per_update // ranks} a rank); {self.max_iterations} iterations, {self.max_iterations * updates} updates in all."
+            f"({self.responses_per_update // ranks} a rank); "
+            f"{self.max_iterations} iterations, {self.max_iterations * updates} updates in all."
         )
 
     def _check_world_size(self) -> None:

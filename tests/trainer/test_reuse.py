@@ -1,4 +1,4 @@
-"""One trainer fits, validates and fits again; runs without a logger's folder keep apart; what cannot work is refused."""
+"""One trainer fits, validates and fits again; runs keep apart; what cannot work is refused before training."""
 
 from __future__ import annotations
 
