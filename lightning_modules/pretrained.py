@@ -167,6 +167,11 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
     skeleton.load_state_dict(dict(merged_weights(model)), strict=False, assign=True)
     skeleton.tie_weights()
-    skeleton.generation_config = model.generation_config
+    skeleton.generation_config = copy.deepcopy(model.generation_config)
+    # Fresh weights name no tokens of their own; a reader that does not ask the tokenizer would never stop.
+    for name in ("eos_token_id", "pad_token_id"):
+        for config in (skeleton.config, skeleton.generation_config):
+            if getattr(config, name, None) is None:
+                setattr(config, name, getattr(tokenizer, name))
     skeleton.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -215,6 +215,7 @@ def test_a_written_folder_loads_elsewhere_with_the_same_log_probs(inputs: Path, 
     actor.float().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) >= 14
+    assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == 1
     row = sequences()[2]
     log_p = loaded(input_ids=row[None]).logits[0, :-1].log_softmax(-1).gather(-1, row[1:, None])[:, 0]
     torch.testing.assert_close(run(actor, [row])[0][0], log_p, rtol=1e-5, atol=1e-5)
