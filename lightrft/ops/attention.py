@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -38,8 +39,13 @@ def varlen_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        reach = (window - 1 if window else -1, 0)
-        options: dict[str, Any] = {"window_size": reach, "enable_gqa": query.shape[1] != key.shape[1]}
+        options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
+        if query.shape[1] != key.shape[1]:
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+                options["enable_gqa"] = True
+            else:  # torch before 2.13
+                groups = query.shape[1] // key.shape[1]
+                key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options)
         return cast(Tensor, out)
     return _padded_attention(query, key, value, cu_seqlens, scale, window)

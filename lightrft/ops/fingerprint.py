@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
-_INTEGER_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Eight bytes are two values: sums modulo 2^64 would lose what only their highest bits say.
+_INTEGER_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
-class Fingerprint(NamedTuple):
-    """A tensor in three numbers.
+@dataclass(frozen=True)
+class Fingerprint:
+    """A tensor in three numbers. Equal are those of equal checksum and size; devices round the projection differently.
 
     Attributes:
         checksum: position-weighted sum of the bit patterns modulo 2^64; changes when any bit does.
@@ -21,7 +23,7 @@ class Fingerprint(NamedTuple):
     """
 
     checksum: int
-    projection: float
+    projection: float = field(compare=False)
     numel: int
 
     def difference(self, other: Fingerprint) -> float:
@@ -34,11 +36,18 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view(_INTEGER_VIEW[flat.element_size()])
     checksum, projection = 0, 0.0
-    for start in range(0, flat.numel(), _CHUNK):
-        index = torch.arange(start, min(start + _CHUNK, flat.numel()), device=flat.device, dtype=torch.int64)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK]
         # An odd multiplier per position makes every single-bit change, and a swap of two values, visible.
-        mixed = (index * 6364136223846793005 + 1442695040888963407) ^ (index >> 17)
-        checksum += int((bits[start : start + _CHUNK].to(torch.int64) * (mixed | 1)).sum())
-        pattern = ((mixed >> 33) & 0xFFFF).to(torch.float64) / 32767.5 - 1.0
-        projection += float((flat[start : start + _CHUNK].to(torch.float64) * pattern).sum())
+        checksum += int((part.to(torch.int64) * (_mixed(start, part) | 1)).sum())
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        pattern = ((_mixed(start, part) >> 33) & 0xFFFF).to(torch.float64) / 32767.5 - 1.0
+        projection += float((part.to(torch.float64) * pattern).sum())
     return Fingerprint(checksum & (2**64 - 1), projection, flat.numel())
+
+
+def _mixed(start: int, part: Tensor) -> Tensor:
+    """A fixed pseudo-random int64 for each position from ``start`` on."""
+    index = torch.arange(start, start + part.numel(), device=part.device, dtype=torch.int64)
+    return (index * 6364136223846793005 + 1442695040888963407) ^ (index >> 17)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.ops.fingerprint import fingerprint
+from lightrft.ops.fingerprint import Fingerprint, fingerprint
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int64]
 
@@ -75,7 +75,7 @@ def test_the_difference_measures_a_change_of_one_value(change, position):
 
 
 def test_empty_scalar_and_not_a_number_have_fingerprints():
-    assert fingerprint(torch.zeros(0)) == (0, 0.0, 0)
+    assert fingerprint(torch.zeros(0)) == Fingerprint(0, 0.0, 0)
     assert fingerprint(torch.tensor(2.5)).numel == 1
     assert fingerprint(torch.tensor([torch.nan])).checksum == fingerprint(torch.tensor([torch.nan])).checksum
 
