@@ -18,11 +18,16 @@ def can_share_prefill(model: PreTrainedModel) -> bool:
     takes = inspect.signature(model.forward).parameters
     return (
         config.get_text_config() is config
-        and {"position_ids", "past_key_values", "logits_to_keep"} <= takes.keys()
+        and {"position_ids", cache_argument(model), "logits_to_keep"} <= takes.keys()
         and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
         )
     )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What ``model`` calls its cache: ``cache`` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def shared_prefill(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, row_of: Tensor) -> DynamicCache:
@@ -42,9 +47,9 @@ def shared_prefill(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, row_
         input_ids=token_ids[:, :-1],
         attention_mask=mask[:, :-1],
         position_ids=positions[:, :-1],
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{cache_argument(model): cache},
     )
     cache.batch_select_indices(row_of)
     return cache

@@ -21,7 +21,7 @@ from transformers import (
 
 from lightrft.engines.base import Engine, EngineError, WakePart
 from lightrft.engines.draw import SeededDraw, uniforms, warpers
-from lightrft.engines.prefill import can_share_prefill, shared_prefill
+from lightrft.engines.prefill import cache_argument, can_share_prefill, shared_prefill
 from lightrft.engines.stopping import Detokenizer, StopStrings, before_stop, response_length
 from lightrft.engines.weights import Weights
 from lightrft.ops.fingerprint import Fingerprint
@@ -208,7 +208,7 @@ class TransformersEngine(Engine):
         with self._computing():
             shared: dict[str, Any] = {}
             if self._shares_prefill and len(prompts) < len(row_of) and length > 1:
-                shared["past_key_values"] = shared_prefill(self._model, token_ids, mask, rows)
+                shared[cache_argument(self._model)] = shared_prefill(self._model, token_ids, mask, rows)
             output = self._model.generate(
                 input_ids=token_ids[rows],
                 attention_mask=mask[rows],
