@@ -44,7 +44,7 @@ def main() -> None:
             right = judge(reference, text, boxed)
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.write(replies, b"1" if right else b"0")
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > settings["retire_bytes"]:
+            if peak_bytes() > settings["retire_bytes"]:
                 # What one answer left in caches may not make a later, right answer run out of memory.
                 os.write(replies, b"x")
                 return
@@ -79,6 +79,16 @@ def confine(memory_bytes: int) -> None:
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def peak_bytes() -> int:
+    """Most memory that this program has held."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        # Not Linux, where this number would be that of the process which started us, a trainer of many gigabytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def load_judge() -> Callable[[str, str, bool], bool]:

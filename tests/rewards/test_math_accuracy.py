@@ -200,6 +200,26 @@ def test_a_worker_is_confined_and_is_told_no_secrets(monkeypatch: pytest.MonkeyP
     reward.close()
 
 
+def test_a_trainer_of_many_gigabytes_does_not_make_its_worker_look_grown() -> None:
+    program = """
+import sys
+sys.path[:0] = sys.argv[1:]
+ballast = bytearray(700 << 20)  # the worker is forked from this
+from lightrft.rewards import MathAccuracy
+from test_math_accuracy import boxed, my_workers
+reward = MathAccuracy(workers=1)
+seen = set()
+for _ in range(3):
+    assert reward.score(boxed("2+3")) == 1.0
+    seen |= my_workers()
+reward.close()
+assert len(seen) == 1, seen
+"""
+    paths = [str(Path(__file__).parent), *sys.path]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_worker_that_has_grown_is_replaced_and_no_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifier, "_RETIRE_BYTES", 1 << 20)  # every worker is past that
     before = my_workers()
