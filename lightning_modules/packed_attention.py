@@ -52,8 +52,8 @@ def packed_attention_forward(
     return varlen_attention(q, k, v, cu_seq_lens_q, scale=scale, window=sliding_window)[None], None
 
 
-def select(model: PreTrainedModel, packing: bool) -> None:
-    """Make ``model`` compute attention over packed rows, or over padded ones as it was loaded to.
+def select(model: PreTrainedModel, packing: bool, role: str) -> None:
+    """Make the actor's or critic's (``role``) model attend over packed rows, or over padded ones as it was loaded to.
 
     Raises:
         ValueError: ``packing``, and the model has layers that cannot be kept inside the sequences of a row.
@@ -65,7 +65,7 @@ def select(model: PreTrainedModel, packing: bool) -> None:
             layers = f"layers of {', '.join(others)}" if others else "layers with a state"
             raise ValueError(
                 f"{type(model).__name__} has {layers}, which cannot be kept inside the sequences of a packed row; set "
-                "packing: false on the actor."
+                f"packing: false on the {role}."
             )
         AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
         AttentionMaskInterface.register(PACKED_ATTENTION, _window_of_mask)

@@ -120,9 +120,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> nn.Module:
         import peft
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'lightning-rft[peft]'.") from error
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
-    )
+    # No task_type: it is for peft's own forward and generate, and a critic's layers without a head have no generate.
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules)
     return peft.get_peft_model(model, config)
 
 

@@ -7,66 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, PADDED_FAMILIES, config_of, packed_whole, sequences, sharpen
 from torch import Tensor
 from trainer import tiny_run
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightrft.lightning_modules import ActorModule, LoRA
-from lightrft.ops import pack
-
-LENGTHS = (6, 2, 11)
-PLAIN: dict[str, Any] = {
-    "vocab_size": 14,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
-EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 8,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
-    # Its window is in the mask alone, which packed attention never builds.
-    "qwen2_moe-sliding": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, **EXPERTS},
-    "qwen3": {"head_dim": 16},
-    "llama": {"tie_word_embeddings": False},
-    "mistral": {"sliding_window": 4},
-    "gemma3_text": {"sliding_window": 3, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
-    # Latent attention: values are narrower than keys.
-    "deepseek_v2": {
-        "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-        "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-        "moe_intermediate_size": 16, "first_k_dense_replace": 1,
-    },
-}  # fmt: skip
-PADDED_FAMILIES: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 16, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0},
-    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3},
-    "bloom": {"n_layer": 2, "n_head": 2, "attention_dropout": 0.1},
-    "nemotron": {},
-    "lfm2": {"full_attn_idxs": [1], "block_multiple_of": 8},
-    "jamba": {"mamba_d_state": 4, "use_mamba_kernels": False, "num_experts": 2},
-}
-
-
-def config_of(family: str) -> dict[str, Any]:
-    own = FAMILIES.get(family) or PADDED_FAMILIES.get(family, {})
-    model_type = family.split("-")[0]
-    known = AutoConfig.for_model(model_type)
-    return {"model_type": model_type, **{key: value for key, value in PLAIN.items() if hasattr(known, key)}, **own}
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +28,9 @@ def build(inputs: Path, config: dict[str, Any], **options: Any) -> ActorModule:
     return actor.double()
 
 
-def sharpen(actor: ActorModule) -> ActorModule:
-    """Weights of a size at which every token before shows in the log-probs; fresh ones hardly look back. Float32."""
-    actor.float()  # kernels of experts know no float64
-    with torch.no_grad():
-        for parameter in actor.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(10.0)
-    return actor
-
-
-def sequences() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(2, 14, (length,), generator=generator) for length in LENGTHS]
-
-
 def run(actor: ActorModule, rows: list[Tensor], **options: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs and entropies of tokens 1.. of each sequence."""
-    mask = torch.arange(max(map(len, rows)) - 1) < torch.tensor([len(row) - 1 for row in rows])[:, None]
-    packed = pack(rows, torch.ones(len(rows), dtype=torch.int64), mask)
+    packed = packed_whole(rows)
     log_probs, entropy = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict, **options)
     sizes = [len(row) - 1 for row in rows]
     return list(log_probs.split(sizes)), list(entropy.split(sizes))
@@ -156,11 +86,9 @@ def test_a_refused_actor_is_refused_again(inputs: Path) -> None:
 
 
 def test_a_leak_that_fresh_weights_hardly_show_is_refused(inputs: Path) -> None:
-    # XGLM has attention of its own that sees across the row, worth 0.0008 nats at this size.
-    config = {**config_of("xglm"), "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 2}
     with pytest.raises(ValueError, match=r"gives other log-probs .*packing: false"):
-        build(inputs, config)
-    check_against_plain(sharpen(build(inputs, config, packing=False)))
+        build(inputs, config_of("xglm"))
+    check_against_plain(sharpen(build(inputs, config_of("xglm"), packing=False)))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +116,18 @@ def test_the_gradient_does_not_depend_on_how_memory_is_saved(inputs: Path, optio
     reference = gradient(build(inputs, tiny_run.QWEN2))
     other = gradient(build(inputs, tiny_run.QWEN2, **options))
     assert float((other - reference).norm() / reference.norm()) < 1e-10
+
+
+@pytest.mark.parametrize("size", [1, 4, 1024])
+def test_the_head_holds_the_logits_of_one_chunk_at_a_time(inputs: Path, size: int) -> None:
+    actor, rows = build(inputs, tiny_run.QWEN2), sequences()
+    whole = torch.cat(run(actor, rows)[0])
+    assert ActorModule.head_chunk_tokens == 1024
+    actor.head_chunk_tokens, seen = size, []
+    head = actor.transformer.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, logits: seen.append(len(logits)))
+    torch.testing.assert_close(torch.cat(run(actor, rows)[0]), whole, rtol=1e-12, atol=1e-12)
+    assert sum(seen) == len(whole) and max(seen) == min(size, len(whole))
 
 
 def with_adapter(inputs: Path) -> ActorModule:

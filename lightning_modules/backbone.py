@@ -1,0 +1,177 @@
+"""What actor and critic share: the layers of a causal language model over packed sequences, loaded and checked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightrft.lightning_modules import packed_attention, pretrained
+from lightrft.lightning_modules.pretrained import LoRA
+from lightrft.ops import Packed, pack, pad
+
+
+class LanguageBackbone(LightningModule, ABC):
+    """A causal language model of ``transformers``, its dropout switched off, whose hidden states a subclass reads.
+
+    The constructor is cheap; weights load in :meth:`configure_model`. A subclass spells the arguments out, each with
+    its default and its line of help: they are keys of the configuration.
+
+    Args:
+        model: name or folder of weights. Give this or ``config``.
+        config: a model configuration for fresh weights.
+        packing: feed packed rows, or pad.
+        gradient_checkpointing: keep no activations inside a block.
+        lora: train low-rank adapters instead of the weights.
+        optimizer: builds the optimizer from the parameters.
+        lr_scheduler: builds a schedule from the optimizer; ``None`` is constant.
+
+    Attributes:
+        role: what messages call the module.
+        difference: what the check against the plain forward says of a model that fails it by ``gap``.
+
+    Raises:
+        ValueError: none or both of ``model`` and ``config``.
+    """
+
+    role: ClassVar[str]
+    difference: ClassVar[str] = (
+        "other hidden states in our forward than in its own (by {gap:.3g}): its layers do more than causal attention"
+    )
+
+    def __init__(
+        self,
+        model: str | None,
+        config: dict[str, Any] | None,
+        packing: bool,
+        gradient_checkpointing: bool,
+        lora: LoRA | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__()
+        if (model is None) == (config is None):
+            raise ValueError(
+                f"Give the {self.role} either model (name or folder of weights) or config (fresh weights)."
+            )
+        self.name_or_path = model
+        self.model_config = config
+        self.packing = packing
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lora = lora
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.language_model: nn.Module | None = None
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the subclass makes of the hidden states."""
+
+    def configure_model(self) -> None:
+        """Load the weights, once.
+
+        Raises:
+            ValueError: they do not load, do not fit, or the model cannot be packed; says what to set.
+        """
+        if self.language_model is not None:
+            return
+        loaded = pretrained.load_model(self.name_or_path, self.model_config)
+        packed_attention.select(loaded, self.packing, self.role)
+        model = self._accept(loaded)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.language_model = model if self.lora is None else pretrained.add_lora(model, self.lora)
+        try:
+            self._check_against_plain_forward()
+        except ValueError:
+            self.language_model = None  # or a second call would take it for checked
+            raise
+
+    @abstractmethod
+    def _accept(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What is kept of a loaded model; ``ValueError`` where it does not fit the rest."""
+
+    @property
+    def transformer(self) -> PreTrainedModel:
+        """The ``transformers`` model, adapters inside if there are any."""
+        if self.language_model is None:
+            raise RuntimeError(f"The {self.role} has no weights yet; configure_model() loads them.")
+        return self.language_model.get_base_model() if self.lora is not None else self.language_model  # type: ignore
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Last hidden states ``[N, H]`` of packed tokens."""
+        return (self._packed_hidden if self.packing else self._padded_hidden)(input_ids, position_ids, cu_seqlens)
+
+    def _packed_hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        out = self.transformer.base_model(
+            input_ids=input_ids[None], position_ids=position_ids[None], cu_seq_lens_q=cu_seqlens, use_cache=False
+        )
+        return out.last_hidden_state[0]
+
+    def _padded_hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        padded, mask = pad(input_ids, cu_seqlens)
+        out = self.transformer.base_model(input_ids=padded, attention_mask=mask.long(), use_cache=False)
+        return out.last_hidden_state[mask]
+
+    @torch.no_grad()
+    def _check_against_plain_forward(self) -> None:
+        """Compare two short sequences with the model's own forward, one by one: heads and layers differ by family."""
+        training, model = self.training, self.transformer
+        device = next(model.parameters()).device
+        if device.type == "meta":
+            return
+        advice = f"set packing: false on the {self.role}" if self.packing else "this architecture is not supported"
+        self.eval()
+        ids = torch.arange(11, device=device) % model.get_input_embeddings().num_embeddings
+        sequences, lengths = [ids[:5], ids[4:]], torch.ones(2, dtype=torch.int64, device=device)
+        mask = torch.arange(6, device=device) < torch.tensor([[4], [6]], device=device)
+        packed = pack(sequences, lengths, mask)
+        with _exact_float32():
+            try:
+                ours = self._ours(packed)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{type(model).__name__} does not run in our forward ({error}); {advice}.") from error
+            with packed_attention.plain(model):
+                theirs, spread = self._theirs(sequences)
+        self.train(training)
+        gap = float((ours - theirs).norm(dim=-1).max())
+        # In proportion, as all outputs of fresh weights are nearly equal, whatever the layers do.
+        if not gap < 1e-3 * spread:
+            raise ValueError(f"{type(model).__name__} gives {self.difference.format(gap=gap)}; {advice}.")
+
+    def _ours(self, packed: Packed) -> Tensor:
+        """What the check compares, ``[K, D]``, by our forward of all sequences together."""
+        return self._hidden(packed.input_ids, packed.position_ids, packed.cu_seqlens)
+
+    def _theirs(self, sequences: list[Tensor]) -> tuple[Tensor, float]:
+        """The same by the model's own forward of each, and how far apart its outputs lie."""
+        model = self.transformer.base_model
+        hidden = torch.cat([model(input_ids=s[None], use_cache=False).last_hidden_state[0] for s in sequences])
+        return hidden, float(hidden.std(0).norm())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """No TF32, whose rounding would look like another architecture."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
