@@ -15,7 +15,7 @@ define INSTALL
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart test lint format types nightly nightly-seeds nightly-transformers clean
+.PHONY: install quickstart test lint format types peers grid nightly nightly-seeds nightly-transformers clean learn
 
 ## install: the package, editable, in $(VENV); nothing happens when it is there already
 install: $(VENV)/.installed
@@ -56,8 +56,20 @@ types: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
 	cd build/site && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --package lightrft
 
+## peers: compare with TRL on the same tensors, and write docs/algorithms/peers.md
+peers: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/peers.py
+
+## grid: the gradient of every algorithm, cut in every way, against the undivided step's; writes docs/grid.md
+grid: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/grid.py
+
 ## nightly: what is too long for every change
-nightly: nightly-seeds nightly-transformers
+nightly: peers nightly-seeds learn grid nightly-transformers
+
+## learn: does every preset learn? Three seeds each; writes benchmarks/results/learn.json, docs/images/learn/ and the table
+learn: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/learn.py
 
 # Three seeds and the control with permuted rewards; fails where a target is missed, and draws the README's picture.
 nightly-seeds: $(VENV)/.installed-dev

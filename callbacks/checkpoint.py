@@ -55,7 +55,8 @@ class RFTCheckpoint(CheckpointCallback):
         if trainer.fast_dev_run:
             return
         checkpoint.check_writable(folder, "RFTCheckpoint")
-        needed = _bytes_of_a_checkpoint(pl_module.actor) * (self.max_keep + 1)
+        models = [trained.origin for trained in trainer.learner.trained.values()]
+        needed = sum(map(_bytes_of_a_checkpoint, models)) * (self.max_keep + 1)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise OSError(
                 f"RFTCheckpoint needs {needed / 2**30:.1f} GiB in {folder} (max_keep={self.max_keep} and one being "

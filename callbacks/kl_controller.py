@@ -28,7 +28,6 @@ class KLController(RFTCallback):
             raise ValueError(f"KLController needs a finite target ({target}) and a horizon ({horizon}) above 0.")
         self.target = target
         self.horizon = horizon
-        self.coefficient: float | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse where it would have no effect, or could turn the penalty into a reward.
@@ -37,27 +36,16 @@ class KLController(RFTCallback):
             ValueError: the algorithm has no KL, or ``horizon`` is shorter than one step.
         """
         if not pl_module.algorithm.needs_reference:
-            raise ValueError("KLController has no effect: the algorithm has no KL (kl_in_loss: none). Remove one.")
+            raise ValueError("KLController has no effect: the algorithm has no KL (kl: none). Remove one.")
         if self.horizon < trainer.responses_per_update:
             raise ValueError(
                 f"KLController.horizon={self.horizon} is shorter than one update ({trainer.responses_per_update} "
                 "responses); raise it to at least that."
             )
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.coefficient is not None:  # resumed
-            pl_module.algorithm.kl_coefficient = self.coefficient
-
     def on_update_end(self, trainer: Any, pl_module: Any, outputs: dict[str, float]) -> None:
-        kl, algorithm = outputs["kl/reference_per_response"], pl_module.algorithm
-        if math.isfinite(kl):
+        algorithm, kl = pl_module.algorithm, outputs.get("kl/reference_per_response", math.nan)
+        if math.isfinite(kl):  # not so in a skipped update, nor while only the critic trains
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             algorithm.kl_coefficient *= 1 + error * outputs["responses"] / self.horizon
-        self.coefficient = algorithm.kl_coefficient
-        trainer.log("kl_coefficient", self.coefficient)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"coefficient": self.coefficient}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.coefficient = state_dict["coefficient"]
+        trainer.log("kl_coefficient", algorithm.kl_coefficient)

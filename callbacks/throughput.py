@@ -16,9 +16,10 @@ from lightrft.samples import Rollout
 class Throughput(RFTCallback):
     """Logs ``time/<phase>_seconds``, ``memory/<phase>_peak_gib`` and ``throughput/...`` with each iteration.
 
-    ``throughput/tokens_per_second`` is response tokens an iteration over its seconds (validation apart);
-    ``throughput/rollout_tokens_per_second`` and ``throughput/update_tokens_per_second`` are of those phases alone, the
-    latter counting prompts too. Tokens are of all ranks. Peak memory is the device's, on a CPU the process's.
+    ``throughput/tokens_per_second`` is response tokens an iteration over its seconds (validation apart).
+    ``throughput/rollout_tokens_per_second`` is over ``time/sampling_seconds``, in which responses were sampled, those
+    of a refill too. ``throughput/update_tokens_per_second`` is of that phase alone and counts prompts too. Tokens are
+    of all ranks. Peak memory is the device's, on a CPU the process's.
 
     Attributes:
         seconds, tokens: of all iterations so far, resumed parts included.
@@ -30,6 +31,7 @@ class Throughput(RFTCallback):
         self._phases: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
         self._sampled = self._trained = 0
+        self._sampling = 0.0
 
     def on_phase_start(self, trainer: Any, pl_module: Any, phase: str) -> None:
         _reset_peak_memory(trainer.fabric.device)
@@ -41,10 +43,16 @@ class Throughput(RFTCallback):
         self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - self._started
         self._peaks[phase] = max(self._peaks.get(phase, 0.0), _peak_memory(trainer.fabric.device))
         if phase == "iteration":
-            self._phases, self._peaks, self._sampled, self._trained = {}, {}, 0, 0
+            self._phases, self._peaks, self._sampled, self._trained, self._sampling = {}, {}, 0, 0, 0.0
+
+    def on_rollout_start(self, trainer: Any, pl_module: Any, prompts: Any) -> None:
+        self._began_sampling = time.perf_counter()
 
     def on_rollout_end(self, trainer: Any, pl_module: Any, rollout: Rollout) -> None:
-        self._sampled = sum(len(response.token_ids) for _, response in rollout)
+        """Of the phase ``rollout``, and of a refill in the phase ``score``."""
+        self._sampling += time.perf_counter() - self._began_sampling
+        self._sampled += sum(len(response.token_ids) for _, response in rollout)
+        self._sampled += sum(len(response.token_ids) for response in rollout.greedy)
 
     def on_update_start(self, trainer: Any, pl_module: Any, batch: Any) -> None:
         self._trained += sum(batch.sequence_lengths)
@@ -55,10 +63,11 @@ class Throughput(RFTCallback):
         total = sum(self._phases.values())
         self.seconds, self.tokens = self.seconds + total, self.tokens + sampled
         rates = {"tokens": (sampled, total)}
-        rates["rollout_tokens"] = (sampled, self._phases.get("rollout", 0.0))
+        rates["rollout_tokens"] = (sampled, self._sampling)
         rates["update_tokens"] = (trained, self._phases.get("update", 0.0))
         for name, (tokens, seconds) in rates.items():
             trainer.log(f"throughput/{name}_per_second", tokens / seconds if seconds else 0.0)
+        trainer.log("time/sampling_seconds", self._sampling)
         for phase, seconds in self._phases.items():
             trainer.log(f"time/{phase}_seconds", seconds)
             trainer.log(f"memory/{phase}_peak_gib", self._peaks[phase] / 2**30)
@@ -70,6 +79,7 @@ class Throughput(RFTCallback):
             "phases": dict(self._phases),
             "peaks": dict(self._peaks),
             "sampled": self._sampled,
+            "sampling": self._sampling,
             "trained": self._trained,
         }
 
@@ -77,6 +87,7 @@ class Throughput(RFTCallback):
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
         self._phases, self._peaks = dict(state_dict["phases"]), dict(state_dict["peaks"])
         self._sampled, self._trained = state_dict["sampled"], state_dict["trained"]
+        self._sampling = state_dict["sampling"]
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -13,6 +13,8 @@ from lightrft.samples import Prompt, Response, Rollout
 class TrajectoryWriter(RFTCallback):
     """Writes ``<log_dir>/trajectories/<train or val>-<step>-rank<r>.jsonl``, a line for each response.
 
+    Where an algorithm refills groups, those that were taken are written.
+
     Args:
         every_n_iterations: how often training responses are written; validation's always are.
         token_ids: also write token ids and their log-probs.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightrft.callback import RFTCallback as RFTCallback
     from lightrft.callback import RolloutCallback as RolloutCallback
     from lightrft.module import RFTModule as RFTModule
+    from lightrft.samples import FIRE as FIRE
     from lightrft.samples import Batch as Batch
     from lightrft.samples import Prompt as Prompt
     from lightrft.samples import Response as Response
@@ -31,6 +32,7 @@ _MODULE_OF = {
     "Rollout": "lightrft.samples",
     "Batch": "lightrft.samples",
     "Sampling": "lightrft.samples",
+    "FIRE": "lightrft.samples",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -55,7 +55,10 @@ class RFTCallback(pl.Callback):
         """A phase is over and the trainer's state is complete: the place to save."""
 
     def on_rollout_start(self, trainer: RFTTrainer, pl_module: RFTModule, prompts: Sequence[Prompt]) -> None:
-        """This rank's prompts are drawn; nothing is sampled yet."""
+        """This rank's prompts are drawn; nothing is sampled yet.
+
+        Where an algorithm refills groups, the hooks of a rollout come again in the phase ``score``, once a round.
+        """
 
     def on_rollout_end(self, trainer: RFTTrainer, pl_module: RFTModule, rollout: Rollout) -> None:
         """Responses are sampled, not yet scored."""

@@ -1,8 +1,8 @@
 """Checkpoint folders: written whole or not at all, read back exactly.
 
-A folder holds what the sharding strategy writes (weights, optimizer) and one ``rank-<r>.pt`` with the loop's state of
-each rank. It is written under a hidden name, flushed to the disk, and renamed: a killed writer leaves the earlier
-checkpoints as they were and never a half-written one under a final name.
+A folder holds what the sharding strategy writes (weights, optimizer; a critic's in ``critic/``) and one
+``rank-<r>.pt`` with the loop's state of each rank. It is written under a hidden name, flushed to the disk, and renamed:
+a killed writer leaves the earlier checkpoints as they were and never a half-written one under a final name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ def save(folder: Path, trainer: RFTTrainer) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         fabric.barrier()
-        learner.sharding.save(partial, trainer.model.actor, learner.optimizer)
+        for name, trained in learner.trained.items():
+            if fabric.is_global_zero:
+                (partial / name).mkdir(exist_ok=True)
+            fabric.barrier()
+            learner.sharding.save(partial / name, trained.origin, trained.optimizer)
         torch.save(trainer.state_dict(), partial / _rank_file(fabric.global_rank))
         _flush(partial)
     # torch reports a full disk while closing its archive as a RuntimeError.
@@ -84,7 +88,7 @@ def load(folder: Path, trainer: RFTTrainer, weights_only: bool = False) -> None:
     path = folder / _rank_file(0 if weights_only else rank)
     if not path.is_file():
         raise ValueError(f"{folder} holds no {path.name}: it was written with fewer ranks; resume with as many.")
-    for file in sorted(folder.glob("*.pt")) if rank == 0 else [path]:
+    for file in sorted(folder.rglob("*.pt")) if rank == 0 else [path]:
         _check_intact(file)
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if weights_only:
@@ -93,7 +97,8 @@ def load(folder: Path, trainer: RFTTrainer, weights_only: bool = False) -> None:
     else:
         trainer.load_state_dict(state)
     try:
-        learner.sharding.load(folder, trainer.model.actor, None if weights_only else learner.optimizer)
+        for name, trained in learner.trained.items():
+            learner.sharding.load(folder / name, trained.origin, None if weights_only else trained.optimizer)
     # A file that is not there, or what torch says of names, shapes and parameter groups that do not fit.
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -134,14 +139,13 @@ def _rank_file(rank: int) -> str:
 
 def _flush(folder: Path) -> None:
     """Make the files' contents survive a power cut before their folder gets its final name."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _flush_entry(folder)
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
 
 
-def _flush_entry(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush_entry(path: Path) -> None:
+    """A file's contents, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

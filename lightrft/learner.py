@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightrft.algorithms import StepTotals
-from lightrft.module import RFTModule, optimizer_and_scheduler
+from lightrft.module import RFTModule
 from lightrft.ops import pack, split_by_tokens
 from lightrft.samples import Batch
 from lightrft.strategies import sharding_of
+from lightrft.trained import Trained
+
+_Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Learner:
-    """Actor, optimizer and reference as the strategy placed them.
+    """Actor, critic and reference as the strategy placed them.
 
     Args:
         fabric: launched.
         module: configured.
         tokens_per_microbatch: most tokens that one forward holds.
-        gradient_clip_val: largest norm of the whole gradient; ``None`` does not clip.
+        gradient_clip_val: largest norm of a model's whole gradient; ``None`` does not clip.
 
     Attributes:
-        settings: optimizer and schedule as configured, which a checkpoint's state would replace unseen.
+        policy: the actor in training.
+        critic: the critic in training; ``None`` where the algorithm has none.
     """
 
     def __init__(
@@ -37,43 +40,86 @@ class Learner:
         self.fabric = fabric
         self.module = module
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.gradient_clip_val = gradient_clip_val
         self.sharding = sharding_of(fabric)
-        optimizer, self.scheduler = optimizer_and_scheduler(module.configure_optimizers())
-        self.settings = _settings(optimizer, self.scheduler)
-        self.actor, self.optimizer = self.sharding.setup(module.actor, optimizer)
+        self.policy = Trained(self.sharding, module.actor, gradient_clip_val)
+        self.critic = Trained(self.sharding, module.critic, gradient_clip_val) if module.critic is not None else None
         self.reference = self.sharding.setup_frozen(module.reference) if module.reference is not None else None
 
-    def prepare(self, batch: Batch, temperature: float) -> None:
-        """Fill in ``log_probs_old``, ``log_probs_reference`` and ``advantages``, on the host."""
+    @property
+    def actor(self) -> Any:
+        """The policy as the strategy placed it."""
+        return self.policy.module
+
+    @property
+    def trained(self) -> dict[str, Trained]:
+        """Every model in training, by the folder of its checkpoint."""
+        return {".": self.policy} | ({"critic": self.critic} if self.critic else {})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Optimizers and schedules as configured."""
+        prefixes = {folder: "" if folder == "." else f"{folder}." for folder in self.trained}
+        return {prefixes[f] + name: v for f, one in self.trained.items() for name, v in one.settings.items()}
+
+    # --- before the updates ------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch, temperature: float, longest: int, rows_per_update: int) -> dict[str, float]:
+        """Fill an iteration's batch, on the host: log-probs, values, and for each optimizer step its advantages.
+
+        Args:
+            batch: this rank's responses, one update's share after another.
+            temperature: of the sampling.
+            longest: most tokens a response may have.
+            rows_per_update: responses of an optimizer step on this rank.
+
+        Returns:
+            metrics over all ranks, means over the optimizer steps.
+        """
+        algorithm, gather = self.module.algorithm, self.sharding.gather
+        rewards = batch.rewards
+        algorithm.shape_rewards(batch, longest, gather)
+        algorithm.filter_groups(batch, rewards)
         self.actor.eval()
-        batch.log_probs_old = self._log_probs(batch, self.actor, temperature)
-        if self.module.algorithm.needs_reference:
-            batch.log_probs_reference = self._log_probs(batch, self._reference, temperature)
-        batch.advantages = self.module.algorithm.advantages(batch)
+        batch.log_probs_old, batch.entropy_old = self._evaluate(batch, partial(self.actor, temperature=temperature))
+        if algorithm.needs_reference:
+            batch.log_probs_reference, _ = self._evaluate(batch, partial(self._reference, temperature=temperature))
+        if self.critic:
+            self.critic.module.eval()
+            (batch.values_old,) = self._evaluate(batch, self._values)
+        shares = [range(start, start + rows_per_update) for start in range(0, len(batch), rows_per_update)]
+        metrics: dict[str, float] = {}
+        for rows in shares:
+            part = batch.select(rows)
+            for name, value in algorithm.prepare(part, gather).items():
+                metrics[name] = metrics.get(name, 0.0) + value / len(shares)
+            batch.put(rows, part)
+        return metrics
 
     def _reference(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.reference is not None:
             return self.reference(*args, **kwargs)
         return self.actor(*args, **kwargs, adapter=False)
 
-    @torch.no_grad()
-    def _log_probs(self, batch: Batch, model: Callable[..., tuple[Tensor, Tensor]], temperature: float) -> Tensor:
-        log_probs = torch.zeros_like(batch.log_probs_rollout)
-        for rows in self._micro_batches(batch):
-            values, _ = self._forward(self._select(batch, rows), model, temperature)
-            log_probs[rows] = values[: len(rows)].to(log_probs)
-        return log_probs
+    def _values(self, *args: Any) -> tuple[Tensor]:
+        assert self.critic is not None
+        return (self.critic.module(*args),)
 
-    def _forward(
-        self, batch: Batch, model: Callable[..., tuple[Tensor, Tensor]], temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """``(log_probs, entropy)``, each ``[B, T]``, 0 outside the mask."""
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+        """What ``model`` says of every trained token, each float32 ``[B, T]`` on the host."""
+        results: list[Tensor] = []
+        for rows in self._micro_batches(batch):
+            found = self._forward(self._select(batch, rows), model)
+            results = results or [torch.zeros_like(batch.log_probs_rollout) for _ in found]
+            for result, values in zip(results, found):
+                result[rows] = values[: len(rows)].to(result)
+        return results
+
+    def _forward(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+        """What ``model`` says of every trained token, each ``[B, T]``, 0 outside the mask."""
         packed = pack(batch.sequences, batch.prompt_lengths, batch.response_mask)
-        log_probs, entropy = model(
-            packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict, temperature=temperature
-        )
-        return packed.scatter(log_probs), packed.scatter(entropy)
+        found = model(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+        return [packed.scatter(values) for values in found]
 
     def _micro_batches(self, batch: Batch) -> list[list[int]]:
         """Rows of each micro-batch; ranks with fewer get empty ones, so that collectives inside a forward keep step."""
@@ -90,38 +136,50 @@ class Learner:
             part.response_mask = torch.zeros_like(part.response_mask)
         return part.to(self.fabric.device)
 
-    def update(self, batch: Batch, temperature: float, max_response_tokens: int) -> dict[str, float]:
-        """One optimizer step over ``batch`` (this rank's share), skipped on all ranks where its gradient is not finite.
+    # --- an update ---------------------------------------------------------------------------------------------------
+
+    def update(
+        self, batch: Batch, temperature: float, max_response_tokens: int, train_policy: bool = True
+    ) -> dict[str, float]:
+        """One optimizer step of actor and critic over ``batch`` (this rank's share).
+
+        A model's step is skipped, on all ranks, where its gradient is not finite; both are where nothing is trained on.
 
         Returns:
             the step's metrics over all ranks.
         """
-        self.actor.train()
         totals = self._totals(batch, max_response_tokens)
+        outputs = {"responses": float(totals.responses), "tokens": float(totals.tokens), "skipped_updates": 0.0}
+        if not totals.tokens:
+            return outputs | {"skipped_updates": 1.0}
         parts = self._micro_batches(batch)
-        sums: dict[str, Tensor] = {}
+        if train_policy:
+            outputs |= self._train(self.policy, batch, parts, partial(self._policy_loss, temperature, totals))
+        if self.critic:
+            learned = self._train(self.critic, batch, parts, partial(self._value_loss, totals))
+            outputs |= {name if "/" in name else f"value/{name}": value for name, value in learned.items()}
+        return outputs
+
+    def _train(self, trained: Trained, batch: Batch, parts: list[list[int]], loss_of: _Loss) -> dict[str, float]:
+        trained.module.train()
+        metrics: dict[str, Tensor] = {}
         for number, rows in enumerate(parts):
             part = self._select(batch, rows)
-            with self.sharding.accumulate(self.actor, last=number == len(parts) - 1):
-                log_probs, entropy = self._forward(part, self.actor, temperature)
-                loss, metrics = self.module.algorithm.loss(log_probs, entropy, part, totals)
+            with self.sharding.accumulate(trained.module, last=number == len(parts) - 1):
+                loss, found = loss_of(part)
                 # Strategies average gradients over ranks; the algorithm's weights ask for the sum.
                 self.fabric.backward(loss * self.fabric.world_size)
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-        norm = self.sharding.step(self.actor, self.optimizer, self.gradient_clip_val)
-        skipped = not math.isfinite(norm)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        if self.scheduler is not None and not skipped:
-            self.scheduler.step()
-        return {
-            **self._summed_over_ranks(sums),
-            "gradient_norm": norm,
-            "skipped_updates": float(skipped),
-            "learning_rate": learning_rate,
-            "responses": float(totals.responses),
-            "tokens": float(totals.tokens),
-        }
+            for name, value in found.items():
+                metrics[name] = _joined(name, metrics.get(name), value.double())
+        return self._over_ranks(metrics) | trained.step()
+
+    def _policy_loss(self, temperature: float, totals: StepTotals, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, entropy = self._forward(part, partial(self.actor, temperature=temperature))
+        return self.module.algorithm.loss(log_probs, entropy, part, totals)
+
+    def _value_loss(self, totals: StepTotals, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        (values,) = self._forward(part, self._values)
+        return self.module.algorithm.value_loss(values, part, totals, self.module.critic.value_clip)
 
     def _totals(self, batch: Batch, max_response_tokens: int) -> StepTotals:
         mask = batch.response_mask
@@ -129,22 +187,21 @@ class Learner:
         counts = self.sharding.over_ranks(counts, "sum")
         return StepTotals(int(counts[0]), int(counts[1]), max_response_tokens)
 
-    def _summed_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        stacked = self.sharding.over_ranks(torch.stack(list(sums.values())), "sum")
-        return dict(zip(sums, stacked.tolist()))
+    def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """The sum over ranks of each, of those whose name ends in ``max`` the largest."""
+        found: dict[str, float] = {}
+        for largest in (False, True):
+            names = [name for name in metrics if name.endswith("max") == largest]
+            if names:
+                values = self.sharding.over_ranks(
+                    torch.stack([metrics[name] for name in names]), "max" if largest else "sum"
+                )
+                found |= dict(zip(names, values.tolist()))
+        return found
 
 
-def _settings(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
-    """Names and plain values of a new optimizer and its schedule."""
-    named: dict[str, Any] = {"optimizer": type(optimizer).__name__, "lr_scheduler": None}
-    for index, group in enumerate(optimizer.param_groups):
-        named |= {f"optimizer.{name}" + (f"[{index}]" if index else ""): value for name, value in group.items()}
-    if scheduler is not None:
-        named["lr_scheduler"] = type(scheduler).__name__
-        named |= {f"lr_scheduler.{name}": value for name, value in scheduler.state_dict().items() if name[0] != "_"}
-    plain = (bool, int, float, str, type(None))
-    return {
-        name: value
-        for name, value in named.items()
-        if all(isinstance(one, plain) for one in (value if isinstance(value, (list, tuple)) else [value]))
-    }
+def _joined(name: str, before: Tensor | None, value: Tensor) -> Tensor:
+    """A metric of two parts of a step."""
+    if before is None:
+        return value
+    return torch.maximum(before, value) if name.endswith("max") else before + value

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -23,23 +22,58 @@ class RFTModule(LightningModule):
             start: a frozen copy, or with LoRA the base with the adapter off.
         algorithm: a preset's name (``grpo``) or an :class:`~lightrft.algorithms.Algorithm`.
         rewards: recipes by label and what happens to a response that cannot be scored.
+        critic: predicts returns, for the algorithms that need it (``ppo``), e.g.
+            :class:`lightrft.lightning_modules.CriticModule`.
 
     Raises:
-        ValueError: an unknown algorithm.
+        ValueError: an unknown algorithm, one that needs a critic without it, or a critic that nothing would use.
     """
 
-    def __init__(self, actor: LightningModule, algorithm: str | Algorithm = "grpo", rewards: Scorer | None = None):
+    def __init__(
+        self,
+        actor: LightningModule,
+        algorithm: str | Algorithm = "grpo",
+        rewards: Scorer | None = None,
+        critic: LightningModule | None = None,
+    ):
         super().__init__()
         self.actor: Any = actor
         self.algorithm = resolve_algorithm(algorithm)
+        self.critic: Any = critic
+        self._check_critic()
         self.scorer = rewards if rewards is not None else Scorer()
         self.reference: Any = None
 
     def configure_model(self) -> None:
-        """Load the weights, and copy them for the reference where the algorithm wants one. Idempotent."""
+        """Load the weights, and copy them for the reference where the algorithm wants one. Idempotent.
+
+        Raises:
+            ValueError: the critic cannot read what the actor writes.
+        """
         self.actor.configure_model()
+        if self.critic is not None:
+            self.critic.configure_model()
+            self._check_critic_vocabulary()
         if self.needs_reference_copy and self.reference is None:
             self.reference = self.actor.frozen_copy()
+
+    def _check_critic(self) -> None:
+        needed = self.algorithm.needs_values
+        if needed and self.critic is None:
+            raise ValueError(
+                "The algorithm's advantage reads a critic's values; set model.critic, e.g. {class_path: CriticModule, "
+                "init_args: {model: <the actor's>}}."
+            )
+        if not needed and self.critic is not None:
+            raise ValueError("The algorithm has no use for model.critic; remove it, or take ppo (advantage: gae).")
+
+    def _check_critic_vocabulary(self) -> None:
+        known, needed = (model.transformer.get_input_embeddings().num_embeddings for model in (self.critic, self.actor))
+        if known < needed:
+            raise ValueError(
+                f"The critic embeds {known} tokens, the actor can sample {needed}; give model.critic a model of the "
+                "actor's family and vocabulary."
+            )
 
     @property
     def needs_reference_copy(self) -> bool:
@@ -47,10 +81,16 @@ class RFTModule(LightningModule):
         return self.algorithm.needs_reference and self.actor.lora is None
 
     @property
+    def warmup_iterations(self) -> int:
+        """Iterations at the start in which only the critic trains."""
+        return self.critic.warmup_iterations if self.critic is not None else 0
+
+    @property
     def context_tokens(self) -> int:
-        """Most tokens of prompt and response together that the actor reads."""
-        config = self.actor.transformer.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+        """Most tokens of prompt and response together that the actor, and the critic, reads."""
+        models = [self.actor, *([self.critic] if self.critic is not None else [])]
+        configs = [model.transformer.config.get_text_config() for model in models]
+        return min(int(getattr(config, "max_position_embeddings", None) or sys.maxsize) for config in configs)
 
     @property
     def tokenizer(self) -> Any:
@@ -65,8 +105,16 @@ class RFTModule(LightningModule):
         """Raise ``ValueError`` where nothing could be learned: in a group of one no response is better than another."""
         if samples_per_prompt == 1 and self.algorithm.needs_groups:
             raise ValueError(
-                f"trainer.samples_per_prompt is 1, but the advantage {self.algorithm.advantage} compares responses to "
-                "one prompt, so all would be 0; set at least 2."
+                f"trainer.samples_per_prompt is 1, but the advantage {self.algorithm.axes.advantage} compares "
+                "responses to one prompt, so all would be 0; set at least 2."
+            )
+
+    def check_warmup(self, max_iterations: int) -> None:
+        """Raise ``ValueError`` where the critic alone would train until the end."""
+        if self.warmup_iterations >= max_iterations:
+            raise ValueError(
+                f"The critic's warmup_iterations={self.warmup_iterations} leaves the policy none of "
+                f"trainer.max_iterations={max_iterations} to train in; lower it, or raise max_iterations."
             )
 
     def export_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -76,39 +124,3 @@ class RFTModule(LightningModule):
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""
         self.actor.save_pretrained(folder)
-
-    def configure_optimizers(self) -> Any:
-        """The actor's own: an optimizer, or a dict with it and its schedule, as Lightning takes them."""
-        return self.actor.configure_optimizers()
-
-
-def optimizer_and_scheduler(configured: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """What ``configure_optimizers`` returned as ``(optimizer, scheduler or None)``.
-
-    Raises:
-        ValueError: another form than one optimizer, or a dict of it and a schedule that is stepped with it.
-    """
-    if isinstance(configured, torch.optim.Optimizer):
-        return configured, None
-    if isinstance(configured, dict) and isinstance(configured.get("optimizer"), torch.optim.Optimizer):
-        schedule = configured.get("lr_scheduler")
-        if isinstance(schedule, dict):
-            _check_schedule(schedule)
-            schedule = schedule["scheduler"]
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError("ReduceLROnPlateau waits for a metric; choose a schedule of the optimizer's steps.")
-        return configured["optimizer"], schedule
-    raise ValueError(
-        "configure_optimizers() must return an optimizer, or a dict with 'optimizer' and optionally 'lr_scheduler'; "
-        f"got {type(configured).__name__}."
-    )
-
-
-def _check_schedule(schedule: dict[str, Any]) -> None:
-    wanted = {"interval": "step", "frequency": 1}
-    for key, value in wanted.items():
-        if schedule.get(key, value) != value:
-            raise ValueError(
-                f"lr_scheduler has {key}={schedule[key]!r}, but RFTTrainer steps it after each optimizer step; "
-                f"set {key}={value!r}."
-            )

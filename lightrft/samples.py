@@ -7,8 +7,9 @@ by bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -72,6 +73,31 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class FIRE:
+    """A hot first token: drawn at a high temperature within the likeliest few, so that responses begin differently.
+
+    Flaming-hot initiation with regular execution (arXiv 2410.21236): a temperature far above 1, within top-k so that
+    the token stays plausible, for the first token alone. The implementation in verl takes 30 and 16.
+
+    Args:
+        temperature: divides the logits of the first token.
+        top_k: the first token is one of this many likeliest; those as likely as the last of them count too.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 10.0
+    top_k: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"sampling.fire.temperature is {self.temperature!r}; it must be above 0 and finite.")
+        if self.top_k < 1:
+            raise ValueError(f"sampling.fire.top_k is {self.top_k!r}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How responses are drawn. The same meaning in every engine.
 
@@ -83,9 +109,11 @@ class Sampling:
         min_p: drop tokens less likely than this times the likeliest; 0 keeps all.
         stop: strings that end a response; the string's tokens stay in ``token_ids``, not in ``text``.
         stop_token_ids: token ids that end a response, besides the tokenizer's end of sequence.
+        fire: how the first token is drawn instead, ``temperature`` to ``min_p`` then being those of the later ones;
+            ``None`` draws it like them.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or ``fire`` where all is greedy.
     """
 
     max_new_tokens: int = 1024
@@ -95,6 +123,7 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    fire: FIRE | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -108,6 +137,19 @@ class Sampling:
         for name, (holds, want) in rules.items():
             if not holds:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)!r}; it must be {want}.")
+        if self.fire is not None and self.temperature == 0:
+            raise ValueError(
+                "sampling.temperature is 0, but sampling.fire is set: greedy decoding has no hot first token; set the "
+                "temperature above 0 or fire to null."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Sampling:
+        fire = state.get("fire")
+        return cls(**{**state, "fire": FIRE(**fire) if fire else None})
 
 
 @dataclass(eq=False)
@@ -148,11 +190,13 @@ class Rollout:
         prompts: ``P`` prompts.
         groups: ``groups[i]`` are the responses to ``prompts[i]``.
         sampling: how they were drawn.
+        greedy: the greedy response to each prompt where the algorithm compares with it, else empty. Never trained on.
     """
 
     prompts: list[Prompt]
     groups: list[list[Response]]
     sampling: Sampling
+    greedy: list[Response] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.groups):
@@ -170,7 +214,8 @@ class Rollout:
         return {
             "prompts": [prompt.state_dict() for prompt in self.prompts],
             "groups": [[response.state_dict() for response in group] for group in self.groups],
-            "sampling": {f.name: getattr(self.sampling, f.name) for f in fields(self.sampling)},
+            "sampling": self.sampling.state_dict(),
+            "greedy": [response.state_dict() for response in self.greedy],
         }
 
     @classmethod
@@ -178,8 +223,14 @@ class Rollout:
         return cls(
             prompts=[Prompt.from_state_dict(prompt) for prompt in state["prompts"]],
             groups=[[Response(**response) for response in group] for group in state["groups"]],
-            sampling=Sampling(**state["sampling"]),
+            sampling=Sampling.from_state_dict(state["sampling"]),
+            greedy=[Response(**response) for response in state["greedy"]],
         )
+
+
+def _from_shapes() -> Any:
+    """A tensor that :meth:`Batch.__post_init__` fills in where it is not given."""
+    return field(default=None)
 
 
 @dataclass(eq=False)
@@ -193,11 +244,23 @@ class Batch:
         prompt_lengths: int64 ``[B]`` tokens.
         response_mask: bool ``[B, T]``; ``True`` where a token is trained on. A dropped response is all ``False``.
         group_ids: int64 ``[B]``; responses to one prompt share one.
-        rewards: float32 ``[B]``.
+        rewards: float32 ``[B]``, from the advantages on with the algorithm's shaping.
         log_probs_rollout: float32 ``[B, T]`` nats, the engine's.
+        truncated: bool ``[B]``; the response was cut at the longest length.
+        comparable: bool ``[B, T]``; the engine drew the token from the distribution the trainer gives log-probs of
+            (FIRE's hot first token it did not).
+        greedy_rewards: float32 ``[B]``, of the greedy response to the prompt; zeros where none was sampled.
+        greedy_lengths: int64 ``[B]`` tokens of that response.
         log_probs_old: float32 ``[B, T]`` nats under the actor at the start of the update phase.
+        entropy_old: float32 ``[B, T]`` nats, of the same policy.
         log_probs_reference: float32 ``[B, T]`` nats under the frozen reference; zeros where the algorithm has none.
+        values_old: float32 ``[B, T]``, the critic's at the start of the update phase; zeros where there is none.
         advantages: float32 ``[B, T]``.
+        returns: float32 ``[B, T]``, what the critic learns to predict.
+        policy_weights: float32 ``[B, T]``; factor of each token's policy loss: the off-policy correction, 0 for a
+            token that the algorithm filters out.
+
+    What is not given is zero; ``comparable`` and ``policy_weights`` are one.
     """
 
     sequences: list[Tensor]
@@ -206,32 +269,54 @@ class Batch:
     group_ids: Tensor
     rewards: Tensor
     log_probs_rollout: Tensor
-    log_probs_old: Tensor
-    log_probs_reference: Tensor
-    advantages: Tensor
+    truncated: Tensor = _from_shapes()
+    comparable: Tensor = _from_shapes()
+    greedy_rewards: Tensor = _from_shapes()
+    greedy_lengths: Tensor = _from_shapes()
+    log_probs_old: Tensor = _from_shapes()
+    entropy_old: Tensor = _from_shapes()
+    log_probs_reference: Tensor = _from_shapes()
+    values_old: Tensor = _from_shapes()
+    advantages: Tensor = _from_shapes()
+    returns: Tensor = _from_shapes()
+    policy_weights: Tensor = _from_shapes()
+
+    def __post_init__(self) -> None:
+        kinds = {"truncated": torch.bool, "comparable": torch.bool, "greedy_lengths": torch.int64}
+        for name in (f.name for f in fields(self) if getattr(self, f.name) is None):
+            a_response = name in ("truncated", "greedy_rewards", "greedy_lengths")
+            like = self.rewards if a_response else self.response_mask
+            fill = name in ("comparable", "policy_weights")
+            setattr(self, name, torch.full_like(like, fill, dtype=kinds.get(name, torch.float32)))
 
     @classmethod
     def from_rollout(cls, rollout: Rollout) -> Batch:
         """Lay a scored rollout out for training; log-probs and advantages that are not known yet are zero."""
         pairs = list(rollout)
-        lengths = [len(response.token_ids) for _, response in pairs]
-        shape = (len(pairs), max([1, *lengths]))
-        mask = torch.zeros(shape, dtype=torch.bool)
-        log_probs = torch.zeros(shape)
-        for row, (_, response) in enumerate(pairs):
-            mask[row, : lengths[row]] = not response.dropped
+        responses = [response for _, response in pairs]
+        lengths = torch.tensor([len(response.token_ids) for response in responses], dtype=torch.int64)
+        columns = torch.arange(max(1, int(lengths.max()) if len(lengths) else 1))
+        kept = torch.tensor([not response.dropped for response in responses], dtype=torch.bool)
+        mask = (columns < lengths[:, None]) & kept[:, None]
+        # The first token of FIRE is drawn from a distribution of its own.
+        comparable = (columns >= (rollout.sampling.fire is not None)).expand_as(mask)
+        log_probs = torch.zeros(mask.shape)
+        for row, response in enumerate(responses):
             log_probs[row, : lengths[row]] = response.log_probs
-        return cls(
+        batch = cls(
             sequences=[torch.cat([prompt.token_ids, response.token_ids]) for prompt, response in pairs],
             prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt, _ in pairs], dtype=torch.int64),
             response_mask=mask,
             group_ids=torch.tensor([i for i, group in enumerate(rollout.groups) for _ in group], dtype=torch.int64),
-            rewards=torch.tensor([response.reward or 0.0 for _, response in pairs], dtype=torch.float32),
+            rewards=_rewards(responses),
             log_probs_rollout=log_probs,
-            log_probs_old=torch.zeros(shape),
-            log_probs_reference=torch.zeros(shape),
-            advantages=torch.zeros(shape),
+            truncated=torch.tensor([response.finish_reason == "length" for response in responses], dtype=torch.bool),
+            comparable=comparable.clone(),
         )
+        if rollout.greedy:
+            batch.greedy_rewards = _rewards(rollout.greedy)[batch.group_ids]
+            batch.greedy_lengths = torch.tensor([len(one.token_ids) for one in rollout.greedy])[batch.group_ids]
+        return batch
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -241,11 +326,23 @@ class Batch:
         """Tokens of prompt and response, per row."""
         return [len(sequence) for sequence in self.sequences]
 
+    @property
+    def response_lengths(self) -> Tensor:
+        """int64 ``[B]`` tokens of each response, trained on or not."""
+        return torch.tensor(self.sequence_lengths, device=self.prompt_lengths.device) - self.prompt_lengths
+
     def select(self, rows: Sequence[int]) -> Batch:
         """The given rows, in the given order; ``T`` is kept."""
         index = torch.as_tensor(list(rows), dtype=torch.int64)
         tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "sequences"}
         return Batch(sequences=[self.sequences[row] for row in index.tolist()], **tensors)
+
+    def put(self, rows: Sequence[int], part: Batch) -> None:
+        """Write the tensors of ``part``, which :meth:`select` took from the given rows, back into them."""
+        index = torch.as_tensor(list(rows), dtype=torch.int64)
+        for f in fields(self):
+            if f.name != "sequences":
+                getattr(self, f.name)[index] = getattr(part, f.name)
 
     def to(self, device: torch.device) -> Batch:
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "sequences"}
@@ -257,3 +354,7 @@ class Batch:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Batch:
         return cls(**state)
+
+
+def _rewards(responses: Sequence[Response]) -> Tensor:
+    return torch.tensor([response.reward or 0.0 for response in responses], dtype=torch.float32)

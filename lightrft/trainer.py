@@ -20,7 +20,6 @@ from lightning.fabric.strategies import Strategy
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightrft import checkpoint
-from lightrft.analysis import Metrics, add_rollout_metrics
 from lightrft.callback import (
     HOOKS,
     CheckpointCallback,
@@ -35,7 +34,9 @@ from lightrft.interrupts import StopRequest
 from lightrft.learner import Learner
 from lightrft.module import RFTModule
 from lightrft.random_state import random_state, set_random_state
+from lightrft.refill import refill
 from lightrft.samples import Batch, Prompt, Rollout, Sampling
+from lightrft.scoring import Scoring
 from lightrft.strategies import check_strategy, leave_together
 
 _NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for example:
@@ -147,6 +148,7 @@ class RFTTrainer:
     def _begin(self) -> None:
         self.progress = Progress()
         self.callback_metrics: dict[str, float] = {}
+        self._updates_of: dict[str, int] = {}
         self.should_stop = False
         self.samples: Rollout | None = None
         self.batch: Batch | None = None
@@ -308,6 +310,8 @@ class RFTTrainer:
         self.model.check_labels(self.datamodule.labels(), complete=stage == "fit")
         if stage == "fit":
             self.model.check_group_size(self.samples_per_prompt)
+            if not self.fast_dev_run:
+                self.model.check_warmup(self.max_iterations)
         self.learner = Learner(fabric, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
         if stage == "fit":
             self.prompts = self.datamodule.train_dataloader()
@@ -329,7 +333,7 @@ class RFTTrainer:
         """Run the phases that are still to be run in this iteration: all of them, unless a resume enters it midway."""
         progress = self.progress
         if progress.phase == "rollout":
-            self.callback_metrics = {}
+            self.callback_metrics, self._updates_of = {}, {}
             self.call("on_iteration_start")
             self._phase("rollout", self._roll_out, then="score")
         if progress.phase == "score":
@@ -355,64 +359,81 @@ class RFTTrainer:
         # Taken one update's share at a time, so that an update sees the same responses on any number of ranks.
         shares = self.updates_per_iteration // self.epochs_per_iteration
         prompts = [p for _ in range(shares) for p in self.prompts.take(self.prompts_per_iteration // shares)]
-        self.call("on_rollout_start", prompts=prompts)
-        self.samples = self._generate(prompts, self.samples_per_prompt, self.rollout.sampling, self.progress.iteration)
-        self.call("on_rollout_end", rollout=self.samples)
+        self.samples = self.sample(prompts)
 
-    def _generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, iteration: int) -> Rollout:
+    def sample(self, prompts: Sequence[Prompt]) -> Rollout:
+        """This iteration's responses to prompts, not yet scored; with the greedy one where the algorithm wants it."""
+        self.call("on_rollout_start", prompts=prompts)
+        with self._engine_awake():
+            sampling, iteration = self.rollout.sampling, self.progress.iteration
+            rollout = self._generate(prompts, self.samples_per_prompt, sampling, iteration)
+            if self.model.algorithm.needs_greedy:
+                greedy = self._generate(prompts, 1, _greedy(sampling), iteration)
+                rollout.greedy = [response for (response,) in greedy.groups]
+        self.call("on_rollout_end", rollout=rollout)
+        return rollout
+
+    @contextmanager
+    def _engine_awake(self) -> Iterator[None]:
         self.call("on_engine_wake", part="weights")
         self.call("on_weight_sync")
         self.call("on_engine_wake", part="cache")
         self.call("on_engine_ready")
-        rollout = self.rollout.generate(
+        yield
+        self.call("on_engine_sleep")
+
+    def _generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, iteration: int) -> Rollout:
+        return self.rollout.generate(
             prompts, samples_per_prompt=samples, run_seed=self.seed, iteration=iteration, sampling=sampling
         )
-        self.call("on_engine_sleep")
-        return rollout
 
     def _score(self) -> None:
-        rollout = cast(Rollout, self.samples)
-        self.callback_metrics |= self._scored(rollout)
-        self.call("on_score_end", rollout=rollout)
-
-    def _scored(self, rollout: Rollout, prefix: str = "") -> dict[str, float]:
-        """Score in place; counters and statistics over all ranks."""
-        metrics = Metrics()
-        for name, count in self.model.scorer.score(rollout).items():
-            # A mean over ranks times their number is the sum over ranks.
-            metrics.mean(f"{prefix}scoring/{name}", float(count) * self.fabric.world_size)
-        add_rollout_metrics(metrics, rollout, prefix)
-        return metrics.compute()
+        scoring = Scoring(self.model.scorer, self.fabric.world_size)
+        self.samples = cast(Rollout, self.samples)
+        scoring.score(self.samples)
+        if self.model.algorithm.refill_rounds:
+            self.samples, metrics = refill(self, self.samples, scoring.score)
+            self.callback_metrics |= metrics
+        self.callback_metrics |= scoring.compute()
+        self.call("on_score_end", rollout=self.samples)
 
     def _prepare(self) -> None:
         self.batch = Batch.from_rollout(cast(Rollout, self.samples))
-        self.learner.prepare(self.batch, self.rollout.sampling.temperature)
-        metrics = Metrics()
-        metrics.mean_and_std("advantage", self.batch.advantages[self.batch.response_mask])
-        self.callback_metrics |= metrics.compute()
+        sampling = self.rollout.sampling
+        self.callback_metrics |= self.learner.prepare(
+            self.batch, sampling.temperature, sampling.max_new_tokens, self._rows_per_update
+        )
         self.call("on_advantages_end", batch=self.batch)
 
+    @property
+    def _rows_per_update(self) -> int:
+        """Responses of an optimizer step on this rank."""
+        return self.responses_per_update // self.fabric.world_size
+
     def _update(self) -> None:
-        batch = cast(Batch, self.batch)
-        size = self.responses_per_update // self.fabric.world_size
+        batch, size = cast(Batch, self.batch), self._rows_per_update
         start = self.progress.update * size % len(batch)
         part = batch.select(range(start, start + size))
         self.call("on_update_start", batch=part)
         sampling = self.rollout.sampling
-        outputs = self.learner.update(part, sampling.temperature, sampling.max_new_tokens)
-        if not outputs["skipped_updates"]:
+        train_policy = self.progress.iteration >= self.model.warmup_iterations
+        outputs = self.learner.update(part, sampling.temperature, sampling.max_new_tokens, train_policy)
+        if train_policy and not outputs["skipped_updates"]:
             self.progress.weight_version += 1
         self.progress.update += 1
         self._add_update_metrics(outputs)
         self.call("on_update_end", outputs=outputs)
 
     def _add_update_metrics(self, outputs: dict[str, float]) -> None:
-        """The row shows the mean over the iteration's updates; what is counted is summed."""
-        done = self.progress.update
+        """The row shows the mean over the iteration's updates; of what is counted the sum, of maxima the largest."""
         for name, value in outputs.items():
-            before = self.callback_metrics.get(name, 0.0)
-            counted = name in ("skipped_updates", "responses", "tokens")
-            self.callback_metrics[name] = before + (value if counted else (value - before) / done)
+            before = self.callback_metrics.get(name, value if name.endswith("max") else 0.0)
+            self._updates_of[name] = self._updates_of.get(name, 0) + 1  # a skipped one has few metrics
+            if name.endswith("max"):
+                self.callback_metrics[name] = max(before, value)
+            else:
+                counted = name.endswith("skipped_updates") or name in ("responses", "tokens")
+                self.callback_metrics[name] = before + (value if counted else (value - before) / self._updates_of[name])
 
     def _end_iteration(self) -> None:
         self.progress.update = 0
@@ -434,9 +455,12 @@ class RFTTrainer:
         """
         prompts = self.validation_prompts()
         self.call("on_validation_start")
-        sampling = dataclasses.replace(self.rollout.sampling, temperature=temperature)
-        rollout = self._generate(prompts, samples_per_prompt, sampling, iteration=-1)
-        metrics = self._scored(rollout, "val/")
+        sampling = dataclasses.replace(self.rollout.sampling, temperature=temperature, fire=None)
+        with self._engine_awake():
+            rollout = self._generate(prompts, samples_per_prompt, sampling, iteration=-1)
+        scoring = Scoring(self.model.scorer, self.fabric.world_size, "val/")
+        scoring.score(rollout)
+        metrics = scoring.compute()
         self.call("on_validation_rollout", rollout=rollout)
         self.call("on_validation_end")
         return metrics
@@ -471,11 +495,16 @@ class RFTTrainer:
         return {
             "progress": dataclasses.asdict(self.progress),
             "run": self._identity(),
+            "iteration": self._begun_with(),
             "metrics": dict(self.callback_metrics),
+            "updates_of": dict(self._updates_of),
             "samples": self.samples.state_dict() if self.samples else None,
             "batch": self.batch.state_dict() if self.batch else None,
             "prompts": self.prompts.state_dict(),
-            "scheduler": self.learner.scheduler.state_dict() if self.learner.scheduler else None,
+            "schedulers": {
+                name: one.scheduler.state_dict() for name, one in self.learner.trained.items() if one.scheduler
+            },
+            "algorithm": self.model.algorithm.state_dict(),
             "callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks},
             "random": random_state(),
         }
@@ -485,21 +514,20 @@ class RFTTrainer:
 
         Raises:
             ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or another
-                number of ranks.
+                number of ranks, or, from inside an iteration, another algorithm or sampling.
         """
-        identity = self._identity()
-        for name, was in state["run"].items():
-            if (now := identity.get(name)) != was:
-                raise ValueError(
-                    f"The checkpoint was written with {name}={was}, this run has {now}; set it back, or start anew."
-                )
+        _check_same(state["run"], self._identity(), "set it back, or start anew")
+        if state["samples"]:
+            until = "inside an iteration; set it back, or change it at an iteration's end"
+            _check_same(state["iteration"], self._begun_with(), until)
         self.progress = Progress(**state["progress"])
-        self.callback_metrics = dict(state["metrics"])
+        self.callback_metrics, self._updates_of = dict(state["metrics"]), dict(state["updates_of"])
         self.samples = Rollout.from_state_dict(state["samples"]) if state["samples"] else None
         self.batch = Batch.from_state_dict(state["batch"]) if state["batch"] else None
         self.prompts.load_state_dict(state["prompts"])
-        if self.learner.scheduler:
-            self.learner.scheduler.load_state_dict(state["scheduler"])
+        for name, scheduler in state["schedulers"].items():
+            self.learner.trained[name].scheduler.load_state_dict(scheduler)
+        self.model.algorithm.load_state_dict(state["algorithm"])
         for callback in self.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
@@ -509,6 +537,10 @@ class RFTTrainer:
         names = ("seed", "prompts_per_iteration", "samples_per_prompt", "responses_per_update", "epochs_per_iteration")
         sizes = {name: getattr(self, name) for name in names}
         return sizes | self.learner.settings | {"ranks": self.fabric.world_size}
+
+    def _begun_with(self) -> dict[str, Any]:
+        """By what the responses and the batch of an iteration were made, beyond the weights."""
+        return {"algorithm": repr(self.model.algorithm), "sampling": repr(self.rollout.sampling)}
 
     def _check_sizes(self) -> None:
         sizes = ("max_iterations", "prompts_per_iteration", "samples_per_prompt", "responses_per_update")
@@ -532,7 +564,8 @@ class RFTTrainer:
             f"Each iteration: {self.prompts_per_iteration} prompts x {self.samples_per_prompt} responses on {ranks} "
             f"rank(s), {updates} update(s) of {self.responses_per_update} responses "
             f"({self.responses_per_update // ranks} a rank); "
-            f"{self.max_iterations} iterations, {self.max_iterations * updates} updates in all."
+            f"{self.max_iterations} iterations, {self.max_iterations * updates} updates in all.\n"
+            f"Algorithm {self.model.algorithm}"
         )
 
     def _check_world_size(self) -> None:
@@ -542,6 +575,13 @@ class RFTTrainer:
                 f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
                 f"{ranks} ranks; make it a multiple of {ranks}."
             )
+
+
+def _check_same(then: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
+    """Raise ``ValueError`` for what a checkpoint was written with and this run does not have."""
+    for name, was in then.items():
+        if now.get(name) != was:
+            raise ValueError(f"The checkpoint was written with {name}={was}, this run has {now.get(name)}; {remedy}.")
 
 
 def _try_all(steps: Sequence[Callable[[], Any]]) -> Exception | None:
@@ -555,6 +595,10 @@ def _try_all(steps: Sequence[Callable[[], Any]]) -> Exception | None:
             warnings.warn(f"While ending the run, {name} raised {type(error).__name__}: {error}", stacklevel=2)
             first = first or error
     return first
+
+
+def _greedy(sampling: Sampling) -> Sampling:
+    return dataclasses.replace(sampling, temperature=0.0, fire=None)
 
 
 def check_validation_sampling(samples_per_prompt: int, temperature: float) -> None:

@@ -45,7 +45,7 @@ def prepare(root: Path, seed: int) -> None:
     print(f"{len(train)} training and {len(held_out)} held-out sums under {root}")
 
 
-def supervised(options: argparse.Namespace) -> None:
+def supervised(options: argparse.Namespace, further: dict[str, object] | None = None) -> None:
     root = options.root
     overrides = {
         "seed_everything": options.seed,
@@ -57,7 +57,7 @@ def supervised(options: argparse.Namespace) -> None:
     }
     if options.short:
         overrides["trainer.max_steps"] = 20
-    lightrft("supervised fit", "quickstart_supervised.yaml", overrides)
+    lightrft("supervised fit", "quickstart_supervised.yaml", overrides | (further or {}))
 
 
 def reinforce(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm"]
@@ -54,3 +55,8 @@ def token_weights(mask: Tensor, aggregation: Aggregation, totals: StepTotals) ->
     if aggregation == "token_sum_norm":
         return weights / totals.max_response_tokens
     return weights
+
+
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """``(values * weights).sum()`` where a value of weight 0, whatever it is, adds exactly 0."""
+    return (torch.where(weights != 0, values, 0.0) * weights).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lightrft.algorithms import has_spread
 from lightrft.analysis.metrics import Metrics
 from lightrft.samples import Response, Rollout
 
@@ -27,8 +28,21 @@ def add_rollout_metrics(metrics: Metrics, rollout: Rollout, prefix: str = "") ->
         metrics.mean_and_std(
             f"{prefix}reward/{part}" if part else f"{prefix}reward", torch.tensor(values, dtype=torch.float64)
         )
-    spread = [len({r.reward for r in group if not r.dropped}) > 1 for group in rollout.groups]
-    metrics.mean(f"{prefix}groups_without_spread", 1.0 - torch.tensor(spread).double())
+    spread = torch.tensor(groups_with_spread(rollout), dtype=torch.float64)
+    metrics.mean(f"{prefix}groups_without_spread", 1.0 - spread)
+    if rollout.greedy:
+        greedy = [response.reward for response in rollout.greedy if response.reward is not None]
+        metrics.mean(f"{prefix}reward/greedy/mean", torch.tensor(greedy, dtype=torch.float64))
+
+
+def groups_with_spread(rollout: Rollout) -> list[bool]:
+    """Whether the rewards of each group, in float32 as they train, are not all equal."""
+    responses = [response for _, response in rollout]
+    rewards = torch.tensor([response.reward or 0.0 for response in responses], dtype=torch.float32)
+    groups = torch.tensor([number for number, group in enumerate(rollout.groups) for _ in group], dtype=torch.int64)
+    valid = torch.tensor([not response.dropped for response in responses], dtype=torch.bool)
+    differ = set(groups[has_spread(rewards, groups, valid)].tolist())
+    return [number in differ for number in range(len(rollout.groups))]
 
 
 def _rewards_by_part(responses: list[Response]) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -54,6 +55,25 @@ class GreedyWarper(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, best, scores.gather(1, best))
 
 
+class FirstTokenWarper(LogitsProcessor):
+    """One distribution for the first token of every response, another for those after it.
+
+    Args:
+        first: what makes the first token's.
+        later: what makes the others'.
+        prompt_tokens: length of the padded prompts, by which the first token is known.
+    """
+
+    def __init__(self, first: Sequence[LogitsProcessor], later: Sequence[LogitsProcessor], prompt_tokens: int) -> None:
+        self._first = LogitsProcessorList(first)
+        self._later = LogitsProcessorList(later)
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = self._first if input_ids.shape[1] == self._prompt_tokens else self._later
+        return chosen(input_ids, scores)
+
+
 class SeededDraw(LogitsProcessor):
     """Draws the next token of every row from the scores it is given, records its log-prob and forces it.
 
@@ -80,8 +100,23 @@ class SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
-def warpers(sampling: Sampling) -> list[LogitsProcessor]:
-    """The distribution that ``sampling`` asks for: temperature, then top-k, top-p, min-p, each only where it is on."""
+def warpers(sampling: Sampling, prompt_tokens: int) -> list[LogitsProcessor]:
+    """The distributions that ``sampling`` asks for.
+
+    Args:
+        sampling: how responses are drawn.
+        prompt_tokens: length of the padded prompts.
+    """
+    later = _regular(sampling)
+    if sampling.fire is None:
+        return later
+    # Top-k first: divided by a high temperature, logits that differ may round to the same number.
+    first = [TopKLogitsWarper(sampling.fire.top_k), TemperatureLogitsWarper(float(sampling.fire.temperature))]
+    return [FirstTokenWarper(first, later, prompt_tokens)]
+
+
+def _regular(sampling: Sampling) -> list[LogitsProcessor]:
+    """Temperature, then top-k, top-p, min-p, each only where it is on."""
     if sampling.temperature == 0:
         return [GreedyWarper()]
     chosen: list[LogitsProcessor] = []

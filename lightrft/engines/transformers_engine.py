@@ -35,8 +35,8 @@ class TransformersEngine(Engine):
     """Samples with ``model.generate`` of ``transformers``: no extra to install, every architecture it knows.
 
     Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, top-k,
-    top-p and min-p, in this order), so a greedy token's is 0. The vocabulary is the trainer's: ids that pad it beyond
-    the tokenizer stay in the distribution, and decode to nothing.
+    top-p and min-p, in this order; a hot first token: FIRE's top-k and temperature), so a greedy token's is 0. The
+    vocabulary is the trainer's: ids that pad it beyond the tokenizer stay in the distribution, and decode to nothing.
 
     Args:
         dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's.
@@ -219,7 +219,7 @@ class TransformersEngine(Engine):
                     eos_token_id=sorted(stop_ids) or None,
                     pad_token_id=self._pad_id,
                 ),
-                logits_processor=LogitsProcessorList([*warpers(sampling), draw]),
+                logits_processor=LogitsProcessorList([*warpers(sampling, length), draw]),
                 stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
                 synced_gpus=False,
                 **shared,

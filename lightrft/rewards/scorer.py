@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,7 +14,7 @@ from lightrft.rewards.base import Reward, RewardInput
 from lightrft.rewards.recipes import BUILT_IN, Component, check_recipe
 from lightrft.samples import Prompt, Response, Rollout
 
-NoScorePolicy = Literal["raise", "drop_response", "drop_group", "value"]
+NoScorePolicy = Literal["raise", "drop_response", "drop_group"]
 
 _Answer = float | Exception | None  # what a reward returned, or raised
 _DEFAULT = "default"
@@ -39,30 +39,27 @@ class Scorer:
         recipes: components by label, over and above the built-in ``gsm8k_rule``, ``geo3k_rule`` and ``exact_match``;
             a label given here replaces a built-in one. Prompts without a label use the recipe ``default``.
         on_no_score: ``raise``; ``drop_response`` takes the response out of the update; ``drop_group`` takes out all
-            responses to its prompt; ``value`` gives it ``no_score_value`` as its reward.
-        no_score_value: for ``on_no_score="value"`` only; 0 if left out.
+            responses to its prompt; a number is given to it as its reward.
 
     Raises:
-        ValueError: an empty recipe, two components of one name, or a value without the policy that uses it.
+        ValueError: an empty recipe, two components of one name, or an unknown policy.
     """
 
     def __init__(
         self,
         recipes: dict[str, list[Component]] | None = None,
-        on_no_score: NoScorePolicy = "raise",
-        no_score_value: float | None = None,
+        on_no_score: NoScorePolicy | float = "raise",
     ) -> None:
-        if on_no_score not in ("raise", "drop_response", "drop_group", "value"):
-            raise ValueError(f"on_no_score is {on_no_score!r}; it must be raise, drop_response, drop_group or value.")
-        if no_score_value is not None and on_no_score != "value":
-            raise ValueError(f"no_score_value has no effect with on_no_score={on_no_score!r}; set that to 'value'.")
-        if no_score_value is not None and not _is_finite(no_score_value):
-            raise ValueError(f"no_score_value is {no_score_value!r}; it must be a finite number.")
+        number = isinstance(on_no_score, (int, float)) and _is_finite(on_no_score)
+        if not number and on_no_score not in get_args(NoScorePolicy):
+            raise ValueError(
+                f"on_no_score is {on_no_score!r}; it must be raise, drop_response, drop_group or a finite number, the "
+                "reward where there is no score."
+            )
         self.recipes = dict(recipes or {})
         for label, components in self.recipes.items():
             check_recipe(label, components)
         self.on_no_score = on_no_score
-        self.no_score_value = no_score_value
 
     def check_labels(self, labels: Iterable[str | None], complete: bool = False) -> None:
         """Raise ``ValueError`` for a label without a recipe, before anything is trained or generated.
@@ -177,7 +174,7 @@ class Scorer:
             response.reward_parts = one.parts
             response.reward = None if aborted else one.total
             if one.fault:
-                response.reward = (self.no_score_value or 0.0) if self.on_no_score == "value" else None
+                response.reward = None if isinstance(self.on_no_score, str) else float(self.on_no_score)
             response.dropped = aborted or drop_group or (one.fault is not None and self.on_no_score == "drop_response")
             counters["no_score"] += one.fault is not None
             counters["aborted"] += aborted
@@ -259,5 +256,5 @@ def _raise_first(groups: list[list[_Scored]]) -> None:
         if one.fault is not None:
             raise RewardError(
                 f"Prompt {one.prompt.uid!r}: {one.fault}; mend the record or the reward, or set on_no_score to "
-                "drop_response, drop_group or value."
+                "drop_response, drop_group or a number."
             ) from (one.fault.answer if isinstance(one.fault.answer, Exception) else None)

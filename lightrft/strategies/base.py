@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +27,18 @@ class Sharding:
     def over_ranks(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
         """Sum or largest of each element over ranks, on this rank's device. Collective."""
         return cast(Tensor, self.fabric.all_reduce(values.to(self.fabric.device), reduce_op=operation))
+
+    def everyone(self, item: Any) -> list[Any]:
+        """What every rank gives, in the order of ranks. Collective; pickled, so for small things."""
+        if self.fabric.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.fabric.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def gather(self, values: Tensor) -> Tensor:
+        """One-dimensional tensors of all ranks, of any length, joined in their order; on the host. Collective."""
+        return torch.cat(self.everyone(values.detach().cpu()))
 
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """Prepare a trained module and its optimizer; returns the pair to call and to step."""

@@ -28,7 +28,7 @@ def test_the_bar_shows_iterations_phase_reward_kl_length_and_tokens_per_second(
 def test_it_works_without_throughput_and_without_a_kl(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_run.module(inputs, algorithm=Algorithm(kl_in_loss="none", kl_coefficient=0))
+    model = tiny_run.module(inputs, algorithm=Algorithm(kl="none"))
     usual = [tiny_run.sampler(), WeightSync(), ProgressBar()]
     tiny_run.fit(inputs, tmp_path, usual=usual, model=model, max_iterations=1)
     shown = capsys.readouterr().err

@@ -286,7 +286,7 @@ def test_an_optimizer_or_schedule_that_the_checkpoint_would_overrule_is_refused(
 
 
 def test_what_a_resume_may_change_takes_effect(inputs: Path, tmp_path: Path, saved: Path) -> None:
-    model = tiny_run.module(inputs, algorithm=Algorithm(kl_in_loss="none", kl_coefficient=0))
+    model = tiny_run.module(inputs, algorithm=Algorithm(kl="none"))
     usual = [tiny_run.sampler(), WeightSync()]
     trainer = tiny_run.fit(
         inputs, tmp_path, usual=usual, model=model, ckpt_path=str(saved), max_iterations=2, gradient_clip_val=None

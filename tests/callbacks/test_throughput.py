@@ -42,7 +42,8 @@ def test_every_phase_has_seconds_and_memory_and_the_rates_follow_from_them(input
         sampled = row["response_tokens/mean"] * 16
         total = sum(seconds.values())
         assert row["throughput/tokens_per_second"] == pytest.approx(sampled / total)
-        assert row["throughput/rollout_tokens_per_second"] == pytest.approx(sampled / seconds["rollout"])
+        assert row["throughput/rollout_tokens_per_second"] == pytest.approx(sampled / row["time/sampling_seconds"])
+        assert 0 < row["time/sampling_seconds"] <= seconds["rollout"]
         assert row["throughput/update_tokens_per_second"] == pytest.approx(
             prompt_and_response_tokens / seconds["update"]
         )

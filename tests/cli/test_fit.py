@@ -100,6 +100,25 @@ def test_the_printed_configuration_is_the_one_that_is_saved(run: Run, capsys: py
     assert stopped.value.code == 0 and saved(run()) == printed
 
 
+@pytest.mark.parametrize(
+    ("fire", "printed"),
+    [
+        ({}, {"temperature": 10.0, "top_k": 16}),
+        ({"temperature": 20}, {"temperature": 20.0, "top_k": 16}),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_a_hot_first_token_is_configured_within_the_sampling(
+    run: Run, config: dict[str, Any], capsys: pytest.CaptureFixture[str], fire: Any, printed: Any
+) -> None:
+    config["trainer"]["callbacks"][0]["init_args"]["sampling"] = {"max_new_tokens": 5, "fire": fire}
+    with pytest.raises(SystemExit) as stopped:
+        run("--print_config")
+    rollout = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][0]
+    assert stopped.value.code == 0 and rollout["init_args"]["sampling"]["fire"] == printed
+
+
 def test_the_seed_of_everything_is_the_runs(run: Run, config: dict[str, Any]) -> None:
     def seed_of(*arguments: str) -> int:
         folder = run(*arguments)
@@ -128,10 +147,19 @@ def test_a_users_reward_by_dotted_path(run: Run, config: dict[str, Any], reward:
 
 
 def test_an_algorithm_by_name_and_by_its_axes(run: Run, config: dict[str, Any]) -> None:
-    axes = {"class_path": "lightrft.algorithms.Algorithm", "init_args": {"kl_in_loss": "none", "kl_coefficient": 0.0}}
+    axes = {"class_path": "lightrft.algorithms.Algorithm", "init_args": {"kl": "none"}}
     by_name, by_axes = run(), run(model=config["model"] | {"algorithm": axes})
     rows = [tiny_run.rows(folder)[1] for folder in (by_name, by_axes)]
     assert "kl_loss" in rows[0] and "kl_loss" not in rows[1]
+
+
+def test_a_refused_choice_says_why(run: Run, config: dict[str, Any]) -> None:
+    for axes, reason in (
+        ({"kl": "loss_k1"}, "the expected gradient of k1 on policy is 0"),
+        ({"preset": "gspo", "aggregation": "token_sum_norm"}, "would add it once for each token"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run(model=config["model"] | {"algorithm": {"class_path": "Algorithm", "init_args": axes}})
 
 
 def test_a_dry_run_leaves_nothing(run: Run, config: dict[str, Any], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ one a process can hold.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from lightrft.engines import Engine, EngineError
 from lightrft.ops.fingerprint import fingerprint
-from lightrft.samples import Prompt, Response, Sampling
+from lightrft.samples import FIRE, Prompt, Response, Sampling
 
 PIECES = [*"abcdefghijklmnopqrstuvwxyz0123456789 .", "ab", "bc", "the", "##", "x##y", "\n\n"]
 CONTEXT = 128
@@ -102,10 +103,15 @@ def processed_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     return torch.stack(rows)
 
 
-def reference_log_probs(model: Any, prompt: Prompt, response: Response, sampling: Sampling) -> Tensor:
+def response_logits(model: Any, prompt: Prompt, response: Response) -> Tensor:
+    """Of a forward over prompt and response: what each response token was drawn from, ``[T, V]``."""
     ids = torch.cat([prompt.token_ids, response.token_ids])
     with torch.no_grad():
-        logits = model(ids[None]).logits[0, len(prompt.token_ids) - 1 : -1]
+        return model(ids[None]).logits[0, len(prompt.token_ids) - 1 : -1]
+
+
+def reference_log_probs(model: Any, prompt: Prompt, response: Response, sampling: Sampling) -> Tensor:
+    logits = response_logits(model, prompt, response)
     return processed_log_probs(logits, sampling).gather(1, response.token_ids[:, None])[:, 0].float()
 
 
@@ -291,10 +297,51 @@ class EngineContract:
         assert response.token_ids.tolist() == likeliest.tolist()
         assert response.log_probs.tolist() == [0.0] * len(likeliest)
 
+    # A hot first token
+
+    @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9, "min_p": 0.05}], ids=str)
+    def test_a_hot_first_token_has_its_own_distribution_and_the_later_ones_theirs(self, engine, options):
+        hot = Sampling(max_new_tokens=6, fire=FIRE(temperature=5.0, top_k=6), **options)
+        prompts = [prompt(3), prompt(11), prompt(1)]
+        groups = engine.generate(prompts, hot, [range(30), [4, 5], [6]])
+        for asked, group in zip(prompts, groups):
+            for response in group:
+                logits, first = response_logits(world().model, asked, response), response.token_ids[0]
+                values, tokens = logits[0].topk(6)
+                assert first in tokens
+                expected = (values / 5.0).log_softmax(-1)[tokens == first]
+                assert torch.allclose(response.log_probs[:1], expected, atol=self.tolerance)
+                later = reference_log_probs(world().model, asked, response, dataclasses.replace(hot, fire=None))
+                assert torch.allclose(response.log_probs[1:], later[1:], atol=self.tolerance)
+        assert len({int(response.token_ids[0]) for response in groups[0]}) > 2  # the other top-k is not the first's
+
+    def test_very_hot_first_tokens_are_uniform_over_the_likeliest_and_the_later_ones_as_ever(self, engine):
+        hot, draws = Sampling(max_new_tokens=2, temperature=0.6, fire=FIRE(temperature=1e4, top_k=8)), 1500
+        group = engine.generate([prompt(5)], hot, [range(draws)])[0]
+        sequences = torch.cat([prompt(5).token_ids.expand(64, -1), torch.arange(64)[:, None]], 1)
+        with torch.no_grad():
+            logits = world().model(sequences).logits
+        uniform = torch.zeros(64, dtype=torch.float64).index_fill_(0, logits[0, 4].topk(8).indices, 1 / 8)
+        assert_drawn_from(torch.stack([response.token_ids[0] for response in group]), uniform.expand(draws, -1))
+        second = processed_log_probs(logits[:, 5], dataclasses.replace(hot, fire=None)).exp()
+        after = torch.stack([response.token_ids for response in group if len(response.token_ids) == 2])
+        assert len(after) > draws / 2
+        assert_drawn_from(after[:, 1], second[after[:, 0]])
+
+    def test_a_first_token_no_hotter_than_the_others_changes_nothing(self, engine):
+        plain = Sampling(max_new_tokens=12, temperature=0.7)
+        assert plain.fire is None
+        same = dataclasses.replace(plain, fire=FIRE(temperature=0.7, top_k=64))
+        one, other = (engine.generate([prompt(4), prompt(9)], each, [range(5), [7]]) for each in (plain, same))
+        assert ids_of(one) == ids_of(other)
+        for a, b in zip(one[0], other[0]):
+            assert torch.allclose(a.log_probs, b.log_probs, atol=self.tolerance)
+
     # Seeds and order
 
-    def test_a_response_is_the_same_alone_in_a_batch_and_in_another_order(self, engine):
-        sampling = Sampling(max_new_tokens=12)
+    @pytest.mark.parametrize("fire", [None, FIRE()], ids=str)
+    def test_a_response_is_the_same_alone_in_a_batch_and_in_another_order(self, engine, fire):
+        sampling = Sampling(max_new_tokens=12, fire=fire)
         prompts = [prompt(length, first=length) for length in (4, 17, 9, 1)]
         seeds = [[10, 11, 12], [20], [30, 31], [40, 41]]
         together = engine.generate(prompts, sampling, seeds)

@@ -39,6 +39,7 @@ class TestTransformersEngineInSmallBatches(EngineContract):
 
     # What only concerns weights holds without regard to batches.
     test_tokens_are_drawn_as_often_as_the_distribution_says = None
+    test_very_hot_first_tokens_are_uniform_over_the_likeliest_and_the_later_ones_as_ever = None
 
 
 @pytest.mark.gpu

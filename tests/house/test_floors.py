@@ -14,7 +14,7 @@ import lightrft
 MODULES = shipped_modules()
 FLOOR = {module: floor for module in MODULES if (floor := floor_of(module)) is not None}
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
-FOR_DEVELOPERS = {"docs", "test", "dev"}
+FOR_DEVELOPERS = {"docs", "test", "peers", "dev"}
 CORE = distributions(PYPROJECT["project"]["dependencies"])
 OPTIONAL = distributions([one for extra in EXTRAS.values() for one in extra]) - CORE - {"lightning-rft"}
 OFFERED = distributions([one for name, extra in EXTRAS.items() if name not in FOR_DEVELOPERS for one in extra])

@@ -16,8 +16,7 @@ MakeRollout = Callable[..., Rollout]
 
 SETTINGS = """
 rewards:
-  on_no_score: value
-  no_score_value: -1.0
+  on_no_score: -1.0
   recipes:
     default:
       - reward: {class_path: lightrft.rewards.ExactMatch, init_args: {ignore_case: true}}

@@ -140,13 +140,13 @@ def test_the_reward_is_the_weighted_sum_and_the_parts_are_unweighted(pairs: list
 def test_policies_drop_what_they_say_and_count_it(texts: list[list[str]]) -> None:
     faulty = [[text in ("-", "nan") for text in group] for group in texts]
     aborted = [[text == "abort" for text in group] for group in texts]
-    for policy in ("drop_response", "drop_group", "value"):
+    for policy in ("drop_response", "drop_group", 0.0):
         rollout = rollout_of(texts)
         counters = number_scorer(on_no_score=policy).score(rollout)
         expected = {
             "drop_response": [[f or a for f, a in zip(*rows)] for rows in zip(faulty, aborted)],
             "drop_group": [[any(fs) or a for a in row] for fs, row in zip(faulty, aborted)],
-            "value": aborted,
+            0.0: aborted,
         }[policy]
         assert dropped_of(rollout) == expected
         assert counters["no_score"] == sum(map(sum, faulty))
@@ -155,7 +155,7 @@ def test_policies_drop_what_they_say_and_count_it(texts: list[list[str]]) -> Non
         assert counters["dropped_responses"] == sum(map(sum, expected))
         assert counters["dropped_groups"] == (sum(map(any, faulty)) if policy == "drop_group" else 0)
         values = {"1": 1.0, "abort": None}
-        missing = 0.0 if policy == "value" else None
+        missing = 0.0 if policy == 0.0 else None
         assert rewards_of(rollout) == [[values.get(text, missing) for text in group] for group in texts]
 
 
@@ -184,7 +184,7 @@ def test_no_score_raises_by_default_and_leaves_the_rollout_as_it_was() -> None:
 
 def test_no_score_earns_the_given_value() -> None:
     rollout = rollout_of([["1", "-"]])
-    counters = number_scorer(on_no_score="value", no_score_value=-0.5).score(rollout)
+    counters = number_scorer(on_no_score=-0.5).score(rollout)
     assert rewards_of(rollout) == [[1.0, -0.5]]
     assert counters["no_score"] == 1.0
     assert rollout.groups[0][1].reward_parts == {}
@@ -240,7 +240,7 @@ def test_a_batch_that_raises_has_no_score_for_any_and_is_not_tried_again() -> No
 
 
 @pytest.mark.parametrize("extra", [1, -1])
-@pytest.mark.parametrize("policy", ["raise", "drop_response", "value"])
+@pytest.mark.parametrize("policy", ["raise", "drop_response", 1.0])
 def test_a_wrong_number_of_scores_is_refused_under_every_policy(extra: int, policy: str) -> None:
     reward = Batched(extra) if extra > 0 else Shortened()
     with pytest.raises(RewardError, match=r"returned \d scores for 2 responses"):
@@ -314,9 +314,8 @@ def test_a_label_without_a_recipe_is_refused_before_training(label: str | None, 
         ({"recipes": {"empty": []}}, "'empty' is empty"),
         ({"recipes": {"twice": [Component(ExactMatch()), Component(ExactMatch(True))]}}, "two components.*exact_match"),
         ({"recipes": {"same": [Component(ExactMatch(), name="a"), Component(BoxedFormat(), name="a")]}}, "called 'a'"),
-        ({"no_score_value": 0.0}, "no effect"),
-        ({"on_no_score": "drop_group", "no_score_value": 1.0}, "no effect"),
-        ({"on_no_score": "value", "no_score_value": math.nan}, "finite"),
+        ({"on_no_score": math.nan}, "finite"),
+        ({"on_no_score": "value"}, "finite number"),
         ({"on_no_score": "ignore"}, "drop_response"),
     ],
 )
@@ -352,7 +351,7 @@ def test_names_in_the_metrics_are_snake_case() -> None:
 
 
 def test_a_scorer_survives_pickling_and_copying(make_rollout: MakeRollout) -> None:
-    scorer = Scorer({"default": [Component(MathAccuracy())]}, on_no_score="value", no_score_value=2.0)
+    scorer = Scorer({"default": [Component(MathAccuracy())]}, on_no_score=2.0)
     for copied in (pickle.loads(pickle.dumps(scorer)), copy.deepcopy(scorer)):
         rollout = make_rollout((None, "5", [r"\boxed{5}"]), (None, None, ["5"]))
         copied.score(rollout)

@@ -18,6 +18,7 @@ from unittest import mock
 import tiny_run
 import torch
 
+from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
 from lightrft.callbacks import RFTCheckpoint
 
@@ -62,20 +63,32 @@ def forked(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run(inputs: Path, root: Path, callbacks: list[RFTCallback], ckpt_path: str | None = None) -> None:
-    trainer = tiny_run.trainer(root, callbacks)
-    trainer.fit(tiny_run.module(inputs), tiny_run.data(inputs), ckpt_path)
+# What has state of its own: a critic with its optimizer, running moments of rewards, a refill that draws prompts while
+# it scores.
+ALGORITHMS: dict[str, Callable[[], Algorithm | None]] = {
+    "grpo": lambda: None,
+    "ppo": lambda: Algorithm("ppo", normalize_rewards=True, clip_rewards=1.5),
+    "dapo": lambda: Algorithm("dapo", kl="loss_k3", normalize_rewards=True, clip_rewards=1.5),
+}
+
+
+def run(inputs: Path, root: Path, name: str, callbacks: list[RFTCallback], ckpt_path: str | None = None) -> None:
+    reward = tiny_run.shortness_of_odd_sums if name == "dapo" else tiny_run.shortness
+    model = tiny_run.module(inputs, ALGORITHMS[name](), tiny_run.scoring(reward))
+    tiny_run.fit(inputs, root, callbacks, model=model, ckpt_path=ckpt_path)
 
 
 def final_state(root: Path) -> dict[str, Any]:
     """Weights, optimizer and loop of the last checkpoint, but for how long things took."""
     folder = max(root.glob("version_*/checkpoints/iteration-000003"), key=lambda path: path.stat().st_mtime_ns)
-    state = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+    state = {
+        str(path.relative_to(folder)): torch.load(path, weights_only=True) for path in sorted(folder.rglob("*.pt"))
+    }
     loop = state["rank-0.pt"]
     loop["metrics"] = {k: v for k, v in loop["metrics"].items() if not k.startswith(tiny_run.TIMINGS)}
     where = next(key for key in loop["callbacks"] if "Checkpoint" in key or "Saving" in key)
     loop["callbacks"].pop(where)  # folders, which differ
-    for timing in ("seconds", "phases", "peaks"):
+    for timing in ("seconds", "phases", "peaks", "sampling"):
         loop["callbacks"]["Throughput"].pop(timing)
     return state
 
@@ -101,16 +114,22 @@ def compare(base: Path, root: Path) -> list[str]:
 
 def main() -> None:
     inputs = Path(sys.argv[1])
-    assert forked(lambda: run(inputs, inputs / "base", [tiny_run.checkpoints(at="phase")])) == 0
-    assert forked(lambda: run(inputs, inputs / "again", [tiny_run.checkpoints(at="phase")])) == 0
-    report = {"determinism": compare(inputs / "base", inputs / "again")}
-    cases = [(KillAfterSaving, n) for n in range(1, BOUNDARIES)] + [(KillBeforeSaving, n) for n in (2, 5, 6, 11)]
-    for kind, boundary in cases:
-        name = f"{kind.__name__}-{boundary}"
-        killed = forked(partial(run, inputs, inputs / name, [kind(boundary)]))
+    report = {}
+    cases = [("grpo", KillAfterSaving, n) for n in range(1, BOUNDARIES)]
+    cases += [("grpo", KillBeforeSaving, n) for n in (2, 5, 6, 11)]
+    # Of the others in the second iteration alone: all of its phases.
+    cases += [(name, KillAfterSaving, n) for name in ("ppo", "dapo") for n in (7, 8, 9, 10, 12)]
+    for algorithm in ALGORITHMS:
+        base, again = inputs / algorithm, inputs / f"{algorithm}-again"
+        for root in (base, again) if algorithm == "grpo" else (base,):
+            assert forked(partial(run, inputs, root, algorithm, [tiny_run.checkpoints(at="phase")])) == 0
+    report["determinism"] = compare(inputs / "grpo", inputs / "grpo-again")
+    for algorithm, kind, boundary in cases:
+        name = f"{algorithm}-{kind.__name__}-{boundary}"
+        killed = forked(partial(run, inputs, inputs / name, algorithm, [kind(boundary)]))
         assert killed == -signal.SIGKILL, f"{name}: exit {killed}"
-        resumed = forked(partial(run, inputs, inputs / name, [tiny_run.checkpoints()], "last"))
-        report[name] = compare(inputs / "base", inputs / name) if resumed == 0 else [f"exit {resumed}"]
+        resumed = forked(partial(run, inputs, inputs / name, algorithm, [tiny_run.checkpoints()], "last"))
+        report[name] = compare(inputs / algorithm, inputs / name) if resumed == 0 else [f"exit {resumed}"]
     print(json.dumps(report))
 
 

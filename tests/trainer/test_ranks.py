@@ -12,22 +12,34 @@ from typing import Any
 import pytest
 import torch
 from trainer import tiny_run
+from trainer.ranks_driver import CASES
 
 DRIVER = Path(__file__).with_name("ranks_driver.py")
+Runs = dict[int, Path]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Log folder by number of ranks."""
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of every case's runs, on one rank and on two."""
     inputs = tiny_run.write_inputs(tmp_path_factory.mktemp("ranks"))
-    launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(DRIVER.parent), *sys.path])}
-    for launcher in launchers.values():
+    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]):
         command = [*launcher, str(DRIVER), str(inputs)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "terminate called" not in done.stderr and "destroy_process_group" not in done.stderr
-    return {ranks: inputs / f"ranks-{ranks}" / "version_0" for ranks in launchers}
+    return inputs
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def runs(driven: Path, case: str) -> Runs:
+    """Log folder by number of ranks."""
+    return {ranks: driven / case / f"ranks-{ranks}" / "version_0" for ranks in (1, 2)}
 
 
 def responses(log_dir: Path) -> dict[str, list[dict[str, Any]]]:
@@ -41,11 +53,11 @@ def responses(log_dir: Path) -> dict[str, list[dict[str, Any]]]:
     return {step: sorted(lines, key=json.dumps) for step, lines in found.items()}
 
 
-def test_the_same_tokens_and_rewards(runs: dict[int, Path]) -> None:
+def test_the_same_tokens_and_rewards(runs: Runs) -> None:
     assert responses(runs[1]) == responses(runs[2])
 
 
-def test_the_same_metrics(runs: dict[int, Path]) -> None:
+def test_the_same_metrics(runs: Runs) -> None:
     one, two = tiny_run.rows(runs[1]), tiny_run.rows(runs[2])
     assert one.keys() == two.keys()
     for step in one:
@@ -54,7 +66,29 @@ def test_the_same_metrics(runs: dict[int, Path]) -> None:
             assert float(two[step][name]) == pytest.approx(float(one[step][name]), rel=1e-4, abs=1e-5), (step, name)
 
 
-def test_the_same_weights(runs: dict[int, Path]) -> None:
-    one, two = (torch.load(runs[n] / "checkpoints/iteration-000003/model.pt", weights_only=True) for n in (1, 2))
-    for name, weight in one["module"].items():
-        torch.testing.assert_close(two["module"][name], weight, rtol=0, atol=1e-5)
+def test_the_same_weights(runs: Runs) -> None:
+    one, two = ({path.parent.name: path for path in _weights(runs[n])} for n in (1, 2))
+    assert one.keys() == two.keys()
+    for model in one:
+        left, right = (torch.load(runs[model], weights_only=True)["module"] for runs in (one, two))
+        for name, weight in left.items():
+            torch.testing.assert_close(right[name], weight, rtol=0, atol=1e-5)
+
+
+def _weights(log_dir: Path) -> list[Path]:
+    """The actor's, and a critic's."""
+    return sorted((log_dir / "checkpoints" / "iteration-000003").rglob("model.pt"))
+
+
+def test_the_cases_do_what_they_are_for(driven: Path) -> None:
+    def iterations(case: str) -> list[dict[str, str]]:
+        return [row for row in tiny_run.rows(driven / case / "ranks-2" / "version_0").values() if "responses" in row]
+
+    for row in iterations("dapo"):
+        assert float(row["refill/missing_groups"]) == 0 and float(row["responses"]) == 16
+    assert max(float(row["refill/rounds"]) for row in iterations("dapo")) > 1
+    for row in iterations("dapo, capped"):
+        assert float(row["responses"]) == 16 - 4 * float(row["refill/missing_groups"])
+    assert any(float(row["refill/missing_groups"]) for row in iterations("dapo, capped"))
+    assert not any(name.startswith("refill/") for row in iterations("grpo") for name in row)
+    assert len(_weights(driven / "ppo" / "ranks-2" / "version_0")) == 2

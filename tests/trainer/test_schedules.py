@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 
-from lightrft.module import optimizer_and_scheduler
+from lightrft.trained import optimizer_and_scheduler
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lightrft.callbacks import (
 )
 from lightrft.data import PromptData, Source
 from lightrft.engines import Engine, TransformersEngine
-from lightrft.lightning_modules import ActorModule
+from lightrft.lightning_modules import ActorModule, CriticModule
 from lightrft.module import RFTModule
 from lightrft.rewards import Component, FunctionReward, RewardInput, Scorer
 from lightrft.samples import Sampling
@@ -76,7 +76,10 @@ def actor(folder: Path, lr: float = 1e-2, **options: Any) -> ActorModule:
 def module(folder: Path, algorithm: Algorithm | None = None, scorer: Scorer | None = None, **options: Any) -> RFTModule:
     # Rewards that differ within groups from the first step on: an untrained model is never right.
     algorithm = algorithm or Algorithm(kl_coefficient=0.05)
-    return RFTModule(actor(folder, **options), algorithm, scorer or scoring(shortness))
+    critic = None
+    if algorithm.needs_values:
+        critic = CriticModule(config=QWEN2, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-6))
+    return RFTModule(actor(folder, **options), algorithm, scorer or scoring(shortness), critic)
 
 
 def scoring(reward: Callable[[RewardInput], float | None], **policy: Any) -> Scorer:
@@ -86,6 +89,11 @@ def scoring(reward: Callable[[RewardInput], float | None], **policy: Any) -> Sco
 def shortness(item: RewardInput) -> float:
     """Fewer digits score higher; some responses of an untrained model do."""
     return 1.0 / (1 + len(item.response)) + (item.response[:1] == (item.reference or "")[:1])
+
+
+def shortness_of_odd_sums(item: RewardInput) -> float:
+    """The responses to half of the prompts all score alike."""
+    return shortness(item) if int(item.reference or 0) % 2 else 0.0
 
 
 def data(folder: Path) -> PromptData:
@@ -100,9 +108,10 @@ def trainer(
     root: Path,
     callbacks: Sequence[RFTCallback] = (),
     usual: Sequence[RFTCallback] | None = None,
+    model: RFTModule | None = None,
     **options: Any,
 ) -> RFTTrainer:
-    """Three iterations of two updates; further callbacks come after the usual ones."""
+    """Three iterations of two updates; further callbacks come after the usual ones, which fit ``model``."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -120,7 +129,7 @@ def trainer(
             WeightSync(),
             EngineSleepWake(),
             Throughput(),
-            KLController(target=0.05, horizon=200),
+            *([KLController(target=0.05, horizon=200)] if model is None or model.algorithm.needs_reference else []),
             Validation(every_n_iterations=2),
             TrajectoryWriter(token_ids=True),
         ]
@@ -137,7 +146,7 @@ def fit(
     **options: Any,
 ) -> RFTTrainer:
     """A whole run; ``options`` are the trainer's."""
-    run = trainer(root, callbacks, usual, **options)
+    run = trainer(root, callbacks, usual, model, **options)
     run.fit(model or module(inputs), data(inputs), ckpt_path)
     return run
 

@@ -1,0 +1,94 @@
+"""A model in training: the module as a strategy placed it, its optimizer and its schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightrft.strategies import Sharding
+
+
+class Trained:
+    """Actor or critic, ready to be called and stepped.
+
+    Args:
+        sharding: places it.
+        module: configured; its ``configure_optimizers`` says how it is trained.
+        gradient_clip_val: largest norm of its whole gradient; ``None`` does not clip.
+
+    Attributes:
+        origin: the module as it was given.
+        module: what to call.
+        settings: optimizer and schedule as configured, which a checkpoint's state would replace unseen.
+    """
+
+    def __init__(self, sharding: Sharding, module: LightningModule, gradient_clip_val: float | None) -> None:
+        self.sharding, self.origin, self.gradient_clip_val = sharding, module, gradient_clip_val
+        optimizer, self.scheduler = optimizer_and_scheduler(module.configure_optimizers())
+        self.settings = _settings(optimizer, self.scheduler)
+        self.module, self.optimizer = sharding.setup(module, optimizer)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step with the gradients that were accumulated, skipped where their norm is not finite.
+
+        Returns:
+            ``gradient_norm`` before clipping, ``skipped_updates`` (0 or 1) and the ``learning_rate`` of the step.
+        """
+        norm = self.sharding.step(self.module, self.optimizer, self.gradient_clip_val)
+        skipped = not math.isfinite(norm)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if self.scheduler is not None and not skipped:
+            self.scheduler.step()
+        return {"gradient_norm": norm, "skipped_updates": float(skipped), "learning_rate": learning_rate}
+
+
+def optimizer_and_scheduler(configured: Any) -> tuple[Optimizer, Any]:
+    """What ``configure_optimizers`` returned as ``(optimizer, scheduler or None)``.
+
+    Raises:
+        ValueError: another form than one optimizer, or a dict of it and a schedule that is stepped with it.
+    """
+    if isinstance(configured, Optimizer):
+        return configured, None
+    if isinstance(configured, dict) and isinstance(configured.get("optimizer"), Optimizer):
+        schedule = configured.get("lr_scheduler")
+        if isinstance(schedule, dict):
+            _check_schedule(schedule)
+            schedule = schedule["scheduler"]
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau waits for a metric; choose a schedule of the optimizer's steps.")
+        return configured["optimizer"], schedule
+    raise ValueError(
+        "configure_optimizers() must return an optimizer, or a dict with 'optimizer' and optionally 'lr_scheduler'; "
+        f"got {type(configured).__name__}."
+    )
+
+
+def _check_schedule(schedule: dict[str, Any]) -> None:
+    wanted = {"interval": "step", "frequency": 1}
+    for key, value in wanted.items():
+        if schedule.get(key, value) != value:
+            raise ValueError(
+                f"lr_scheduler has {key}={schedule[key]!r}, but RFTTrainer steps it after each optimizer step; "
+                f"set {key}={value!r}."
+            )
+
+
+def _settings(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
+    """Names and plain values of a new optimizer and its schedule."""
+    named: dict[str, Any] = {"optimizer": type(optimizer).__name__, "lr_scheduler": None}
+    for index, group in enumerate(optimizer.param_groups):
+        named |= {f"optimizer.{name}" + (f"[{index}]" if index else ""): value for name, value in group.items()}
+    if scheduler is not None:
+        named["lr_scheduler"] = type(scheduler).__name__
+        named |= {f"lr_scheduler.{name}": value for name, value in scheduler.state_dict().items() if name[0] != "_"}
+    plain = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in named.items()
+        if all(isinstance(one, plain) for one in (value if isinstance(value, (list, tuple)) else [value]))
+    }
