@@ -372,8 +372,7 @@ class Algorithm:
             "kl_coefficient": self.kl_coefficient,
             "kl_coefficient_at_start": self.axes.kl_coefficient,
             "rewards_so_far": asdict(self._rewards_so_far),
-            "advantage": self.advantage.state_dict(),
-            "objective": self.objective.state_dict(),
+            "choices": {repr(choice): choice.state_dict() for choice in (self.advantage, self.objective)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -381,8 +380,9 @@ class Algorithm:
         if state["kl_coefficient_at_start"] == self.axes.kl_coefficient:
             self.kl_coefficient = state["kl_coefficient"]
         self._rewards_so_far = Moments(**state["rewards_so_far"])
-        self.advantage.load_state_dict(state["advantage"])
-        self.objective.load_state_dict(state["objective"])
+        for choice in (self.advantage, self.objective):
+            if repr(choice) in state["choices"]:  # not so for one that is chosen anew
+                choice.load_state_dict(state["choices"][repr(choice)])
 
 
 def _advantage(axes: Axes) -> Advantage:

@@ -56,6 +56,8 @@ def test_an_advantage_of_ones_own_keeps_its_state() -> None:
     before.prepare(rewarded(1.0, 3.0), alone)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after.advantage.baseline == 1.0  # type: ignore[attr-defined]
+    after.load_state_dict(Algorithm("rloo").state_dict())  # it is chosen anew: nothing of another one's state
+    assert after.advantage.baseline == 1.0  # type: ignore[attr-defined]
 
 
 def test_a_kl_coefficient_that_is_configured_anew_takes_effect() -> None:
