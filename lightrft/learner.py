@@ -16,6 +16,7 @@ from lightrft.ops import pack, split_by_tokens
 from lightrft.samples import Batch
 from lightrft.strategies import Roles
 from lightrft.trained import Trained
+from lightrft.whereabouts import mark
 
 _Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -116,6 +117,7 @@ class Learner:
         """What ``model`` says of every trained token, each float32 ``[B, T]`` on the host."""
         results: list[Tensor] = []
         for rows in self._micro_batches(batch):
+            mark("log-probs and values of the batch")
             found = self._forward(self._select(batch, rows), model)
             results = results or [torch.zeros_like(batch.log_probs_rollout) for _ in found]
             for result, values in zip(results, found):
@@ -169,8 +171,10 @@ class Learner:
 
     def _train(self, trained: Trained, batch: Batch, parts: list[list[int]], loss_of: _Loss) -> dict[str, float]:
         trained.module.train()
+        name = "actor" if trained is self.policy else "critic"
         metrics: dict[str, Tensor] = {}
         for number, rows in enumerate(parts):
+            mark(f"forward and backward of the {name}, micro-batch {number + 1} of {len(parts)}")
             part = self._select(batch, rows)
             with trained.sharding.accumulate(trained.module, last=number == len(parts) - 1):
                 loss, found = loss_of(part)
@@ -178,6 +182,7 @@ class Learner:
                 trained.sharding.backward(trained.module, loss * self.fabric.world_size)
             for name, value in found.items():
                 metrics[name] = _joined(name, metrics.get(name), value.double())
+        mark(f"metrics and step of the {name}")
         return self._over_ranks(metrics) | trained.step()
 
     def _policy_loss(self, temperature: float, totals: StepTotals, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from lightrft.samples import Sampling
+from lightrft.whereabouts import mark
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
@@ -93,6 +94,7 @@ class SeededDraw(LogitsProcessor):
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        mark()
         step = input_ids.shape[1] - self._prompt_tokens
         log_probs = scores.float().log_softmax(-1)
         token = inverse_cdf(log_probs, self._uniforms[:, step])[:, None]
