@@ -9,6 +9,7 @@ from lightrft.strategies.half_precision import ScaledFloat16
 from lightrft.strategies.process_group import leave_together
 from lightrft.strategies.replicated import DDP
 from lightrft.strategies.roles import Roles, check_roles
+from lightrft.strategies.sequence import sequence_mesh
 from lightrft.strategies.whole import gathered, whole
 from lightrft.strategies.zero import ZeRO
 
@@ -24,6 +25,7 @@ __all__ = [
     "gathered",
     "leave_together",
     "make_fabric",
+    "sequence_mesh",
     "sharding_of",
     "whole",
 ]
