@@ -89,7 +89,8 @@ class SequenceParallel:
         own = (predict // share == self.rank).nonzero()[:, 0]
         found = torch.stack(compute(hidden[predict[own] - self.rank * share], predict[own]))
         parts = found.new_zeros(len(found), len(predict)).index_copy(1, own, found)
-        return sum_of_parts(parts, self.group).unbind(0)
+        # No views of one tensor: fully_shard hangs its backward on what leaves a module.
+        return tuple(whole.clone() for whole in sum_of_parts(parts, self.group))
 
 
 def _check(decoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
