@@ -1,17 +1,23 @@
-"""Tensor operations that training runs on: packing, attention over packed rows, the chunked head, fingerprints."""
+"""What training runs on: packing, balance, attention over packed rows, the chunked head, fingerprints."""
 
 from lightrft.ops.attention import varlen_attention
+from lightrft.ops.balance import CostModel, busiest_over_mean, loads, micro_steps, partition
 from lightrft.ops.fingerprint import Fingerprint, fingerprint
 from lightrft.ops.log_probs import log_probs_and_entropy
 from lightrft.ops.packing import Packed, pack, pad, split_by_tokens
 
 __all__ = [
+    "CostModel",
     "Fingerprint",
     "Packed",
+    "busiest_over_mean",
     "fingerprint",
+    "loads",
     "log_probs_and_entropy",
+    "micro_steps",
     "pack",
     "pad",
+    "partition",
     "split_by_tokens",
     "varlen_attention",
 ]
