@@ -6,10 +6,10 @@ from lightrft.strategies.base import Sharding
 from lightrft.strategies.choice import STRATEGIES, make_fabric, sharding_of
 from lightrft.strategies.fully_sharded import FSDP2
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.layout import Layout
 from lightrft.strategies.process_group import leave_together
 from lightrft.strategies.replicated import DDP
 from lightrft.strategies.roles import Roles, check_roles
-from lightrft.strategies.sequence import sequence_mesh
 from lightrft.strategies.whole import gathered, whole
 from lightrft.strategies.zero import ZeRO
 
@@ -17,6 +17,7 @@ __all__ = [
     "DDP",
     "FSDP2",
     "STRATEGIES",
+    "Layout",
     "Roles",
     "ScaledFloat16",
     "Sharding",
@@ -25,7 +26,6 @@ __all__ = [
     "gathered",
     "leave_together",
     "make_fabric",
-    "sequence_mesh",
     "sharding_of",
     "whole",
 ]

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightrft.ops import Packed
-from lightrft.strategies import sequence_mesh
+from lightrft.strategies import Layout
 
 
 @cache
 def group_of(degree: int) -> dist.ProcessGroup:
     """The ranks that share a row with this one; each test has processes of its own."""
-    return sequence_mesh("cpu", dist.get_world_size(), degree).get_group("sequence")
+    return Layout(dist.get_world_size(), dist.get_rank(), degree).mesh("cpu").get_group("sequence")
 
 
 def outputs(module: Any, packed: Packed, **options: Any) -> list[Tensor]:

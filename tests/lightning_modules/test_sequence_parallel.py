@@ -17,7 +17,7 @@ from trainer import tiny_run
 from lightrft.lightning_modules import ActorModule, CriticModule, LoRA, pretrained
 from lightrft.lightning_modules.backbone import LanguageBackbone
 from lightrft.ops import Packed
-from lightrft.strategies import gathered, make_fabric, sequence_mesh, sharding_of, whole
+from lightrft.strategies import Layout, gathered, make_fabric, sharding_of, whole
 
 RANKS = 4
 FOUR_HEADS = {"num_attention_heads": 4}
@@ -158,7 +158,7 @@ def step_as_in_a_run(strategy: str, second_row: str, tokenizer: str) -> list[tup
     """Two groups of two ranks, each with a row of its own: one step, against the gradient of both rows on one rank."""
     fabric = make_fabric(strategy, "32-true", accelerator="cpu", devices=RANKS)
     fabric.launch()
-    sharding, mesh = sharding_of(fabric), sequence_mesh("cpu", RANKS, 2)
+    sharding, mesh = sharding_of(fabric), Layout(RANKS, fabric.global_rank, 2).mesh("cpu")
     rows, moved = ["all", second_row], []
     for kind in (ActorModule, CriticModule):
         alone = build(kind, qwen2("tied"), tokenizer).float()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightrft.ops import check_heads, sequence_parallel_attention, sum_of_parts, varlen_attention
 from lightrft.ops.sequence_parallel import _by_head, _by_rank
-from lightrft.strategies import sequence_mesh
+from lightrft.strategies import Layout
 
 RANKS = 4
 LENGTHS = (5, 1, 9, 3, 2)  # 20 tokens: 1, 2 and 4 slices, whose borders are not those of the segments
@@ -41,7 +41,7 @@ def test_trading_tokens_for_heads_gives_each_rank_its_heads_of_the_whole_row(
 def on_slices(degrees: tuple[int, ...]) -> None:
     dist.init_process_group("gloo")
     for degree in degrees:
-        group = sequence_mesh("cpu", RANKS, degree).get_group("sequence")
+        group = Layout(RANKS, dist.get_rank(), degree).mesh("cpu").get_group("sequence")
         # 6 of 12 heads on 4 ranks: neither divides the other.
         for heads, kv_heads, window in itertools.product((4, 12), (1, 2, 4, 6), (None, 4)):
             if heads % kv_heads == 0:
@@ -107,4 +107,4 @@ def test_heads_that_cannot_be_shared_out_are_refused_with_the_numbers() -> None:
 @pytest.mark.parametrize("degree", [0, 3, 8])
 def test_a_degree_that_does_not_divide_the_ranks_is_refused_with_the_numbers(degree: int) -> None:
     with pytest.raises(ValueError, match=rf"sequence_parallel_size={degree} .* 4 ranks .*"):
-        sequence_mesh("cpu", 4, degree)
+        Layout(4, 0, degree)
