@@ -68,6 +68,10 @@ grid: $(VENV)/.installed-dev
 balance: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/balance.py
 
+## grid-distributed: whole runs under every strategy on 1, 2 and 4 ranks against one process; writes docs/grid_distributed.md
+grid-distributed: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/grid_distributed.py
+
 ## nightly: what is too long for every change
 nightly: peers nightly-seeds learn grid balance nightly-transformers
 
