@@ -1,7 +1,8 @@
 """A ``transformers`` model split over an engine's ranks by its own tensor-parallel plan (Megatron-LM, 1909.08053).
 
-Plain tensors and ``torch.distributed``, for inference: a DTensor costs some tenths of a millisecond a layer, which is
-much where one token is generated at a time.
+``transformers`` 5 brings the plan; what applies it changes between its versions, and makes the weights DTensors. Here
+they stay plain tensors, which sleep and wake as ever, and layers talk by ``torch.distributed``: torch's own DTensor
+styles took a third longer a token (24 layers on two gloo ranks).
 """
 
 from __future__ import annotations
