@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,11 @@ class Sharding:
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
+
+    @property
+    def precision(self) -> Precision:
+        """Fabric's plug-in; one for float16 has a state, the loss scale."""
+        return self.fabric.strategy.precision
 
     def over_ranks(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
         """Sum or largest of each element over ranks, on this rank's device. Collective."""
@@ -39,6 +45,23 @@ class Sharding:
     def gather(self, values: Tensor) -> Tensor:
         """One-dimensional tensors of all ranks, of any length, joined in their order; on the host. Collective."""
         return torch.cat(self.everyone(values.detach().cpu()))
+
+    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send every rank its part, and get what each has for this one. Collective.
+
+        Args:
+            parts: uint8, for each rank, on the host.
+            sizes: bytes that each rank has for this one.
+
+        Returns:
+            uint8, of each rank, on the host.
+        """
+        if self.fabric.world_size == 1:
+            return list(parts)
+        sent = torch.cat(list(parts)).to(self.fabric.device)
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, list(sizes), [len(part) for part in parts])
+        return list(received.cpu().split(list(sizes)))
 
     def together(self, work: Callable[[], None]) -> None:
         """Do what may fail on one rank alone, and fail on all: the others would wait for it. Collective.
@@ -65,6 +88,11 @@ class Sharding:
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """Prepare a trained module and its optimizer; returns the pair to call and to step."""
         raise NotImplementedError
+
+    def _deafen(self, module: nn.Module) -> None:
+        """Fabric calls hooks of every LightningModule that it set up; ours hear what the trainer announces alone."""
+        if module in self.fabric._callbacks:
+            self.fabric._callbacks.remove(module)
 
     def setup_frozen(self, module: nn.Module) -> Any:
         """Prepare a module that is only evaluated; returns what to call."""

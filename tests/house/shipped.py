@@ -43,6 +43,7 @@ FLOORS = {
     "lightrft.trainer": 3,
     "lightrft.verdicts": 3,
     "lightrft.watchdog": 3,
+    "lightrft.workload": 3,
     "lightrft.callbacks": 4,
     "lightrft.lightning_modules": 4,
     "lightrft.cli": 5,
