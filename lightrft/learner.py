@@ -16,11 +16,8 @@ from lightrft.ops import pack
 from lightrft.samples import Batch
 from lightrft.strategies import Layout, Roles
 from lightrft.trained import Trained
-<<<<<<< HEAD
 from lightrft.whereabouts import mark
-=======
 from lightrft.workload import Workload
->>>>>>> main
 
 _Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -123,26 +120,15 @@ class Learner:
         return (self.critic.module(*args),)
 
     @torch.no_grad()
-<<<<<<< HEAD
-    def _evaluate(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
-        """What ``model`` says of every trained token, each float32 ``[B, T]`` on the host."""
-        results: list[Tensor] = []
-        for rows in self._micro_batches(batch):
-            mark("log-probs and values of the batch")
-            found = self._forward(self._select(batch, rows), model)
-            results = results or [torch.zeros_like(batch.log_probs_rollout) for _ in found]
-            for result, values in zip(results, found):
-                result[rows] = values[: len(rows)].to(result)
-        return results
-=======
     def _evaluate(self, work: Workload, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """What ``model`` says of every trained token of this rank's rows, each float32 ``[B, T]`` on the host."""
+        mark("log-probs and values of the batch")
         parts = (part.to(self.fabric.device) for part in work.micro_batches)
         return work.collect([[values.cpu() for values in self._forward(part, model)] for part in parts])
->>>>>>> main
 
     def _forward(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """What ``model`` says of every trained token, each ``[B, T]``, 0 outside the mask."""
+        mark()
         packed = pack(batch.sequences, batch.prompt_lengths, batch.response_mask)
         found = model(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
         return [packed.scatter(values) for values in found]
@@ -179,17 +165,10 @@ class Learner:
         trained.module.train()
         name = "actor" if trained is self.policy else "critic"
         metrics: dict[str, Tensor] = {}
-<<<<<<< HEAD
-        for number, rows in enumerate(parts):
-            mark(f"forward and backward of the {name}, micro-batch {number + 1} of {len(parts)}")
-            part = self._select(batch, rows)
-            with trained.sharding.accumulate(trained.module, last=number == len(parts) - 1):
-                loss, found = loss_of(part)
-=======
         for number, part in enumerate(work.micro_batches, start=1):
+            mark(f"forward and backward of the {name}, micro-batch {number} of {len(work.micro_batches)}")
             with trained.sharding.accumulate(trained.module, last=number == len(work.micro_batches)):
                 loss, found = loss_of(part.to(self.fabric.device))
->>>>>>> main
                 # Strategies average gradients over ranks; the algorithm's weights ask for the sum.
                 trained.sharding.backward(trained.module, loss * self.fabric.world_size)
             for name, value in found.items():
