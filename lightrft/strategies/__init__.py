@@ -7,6 +7,7 @@ from lightrft.strategies.choice import STRATEGIES, make_fabric, sharding_of
 from lightrft.strategies.flight_recorder import unfinished_collective
 from lightrft.strategies.fully_sharded import FSDP2
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.launch import launch
 from lightrft.strategies.layout import Layout
 from lightrft.strategies.process_group import leave_together, let_collectives_last
 from lightrft.strategies.replicated import DDP
@@ -25,6 +26,7 @@ __all__ = [
     "ZeRO",
     "check_roles",
     "gathered",
+    "launch",
     "leave_together",
     "let_collectives_last",
     "make_fabric",
