@@ -16,6 +16,8 @@ from trainer.ranks_driver import CASES
 
 DRIVER = Path(__file__).with_name("ranks_driver.py")
 Runs = dict[int, Path]
+# A rounding difference, and how long ranks wait for each other.
+OF_RANKS = {"weight_sync/mismatch_nats", "balance/busiest_over_mean"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_the_same_metrics(runs: Runs) -> None:
     assert one.keys() == two.keys()
     for step in one:
         assert one[step].keys() == two[step].keys()
-        for name in one[step].keys() - {"weight_sync/mismatch_nats"}:  # itself a rounding difference
+        for name in one[step].keys() - OF_RANKS:
             assert float(two[step][name]) == pytest.approx(float(one[step][name]), rel=1e-4, abs=1e-5), (step, name)
 
 
