@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 from trainer import tiny_run
+from transformers import AutoConfig
 
 from lightrft.algorithms import Algorithm
 from lightrft.learner import Learner
+from lightrft.module import RFTModule
 from lightrft.ops import CostModel
 from lightrft.samples import Batch
 from lightrft.strategies import Layout, Roles, make_fabric, sharding_of
@@ -126,6 +129,32 @@ def test_ranks_that_do_not_divide_into_groups_are_refused() -> None:
         Layout(3, 0, 2)
     layout = Layout(6, 3, 2)
     assert (layout.groups, layout.group, layout.leads, layout.leader(1)) == (3, 1, False, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "weights"),
+    [
+        (
+            "qwen3",
+            {"intermediate_size": 96, "head_dim": 32, "num_key_value_heads": 2},
+            64 * (2 * 128 + 2 * 64 + 3 * 96),
+        ),
+        # A token visits two of the eight experts.
+        (
+            "qwen3_moe",
+            {"moe_intermediate_size": 40, "num_experts_per_tok": 2, "num_experts": 8, "head_dim": 16},
+            64 * (4 * 64 + 3 * 80),
+        ),
+        ("mixtral", {"intermediate_size": 40, "num_experts_per_tok": 2}, 64 * (2 * 64 + 2 * 128 + 3 * 80)),
+        ("gpt2", {}, 64 * (4 * 64 + 3 * 256)),
+    ],
+)
+def test_the_cost_is_of_the_actors_shape(family: str, options: dict[str, Any], weights: int) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+    config = AutoConfig.for_model(family, **shape, **options)
+    actor: Any = SimpleNamespace(transformer=SimpleNamespace(config=config))
+    size = getattr(config, "head_dim", None) or 16
+    assert RFTModule(actor).cost_model.attention == pytest.approx(3 * 4 * size / (3 * weights + 64 * 50))
 
 
 # --- an update -------------------------------------------------------------------------------------------------------
