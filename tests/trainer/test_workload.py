@@ -207,8 +207,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("ranks", "sequence_parallel_size", "strategy", "trained"),
-    # What the ranks of a group compute alike counts once. With fewer rows than groups, some ranks have nothing to compute
-    # but keep the collectives in step.
+    # What the ranks of a group compute alike counts once. With fewer rows than groups, some ranks have nothing to
+    # compute but keep the collectives in step.
     [
         (2, 1, "ddp", None),
         (4, 1, "ddp", None),
