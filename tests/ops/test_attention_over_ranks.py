@@ -105,7 +105,7 @@ def test_a_row_on_1_2_and_4_ranks_equals_the_whole_row() -> None:
 def on_gpus() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    group = sequence_mesh("cuda", 2, 2).get_group("sequence")
+    group = Layout(2, dist.get_rank(), 2).mesh("cuda").get_group("sequence")
     for kv_heads, window in itertools.product((1, 2, 4), (None, 4)):
         check_attention(group, 4, kv_heads, window, 8, torch.bfloat16, "cuda")
     part = torch.ones(3, device="cuda", requires_grad=True)
