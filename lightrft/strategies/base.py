@@ -13,6 +13,9 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightrft.strategies import state
+from lightrft.strategies.state import State
+
 
 class Sharding:
     """How models, optimizers and their state lie over ranks.
@@ -64,10 +67,15 @@ class Sharding:
         """Names with whole, unsharded tensors, one at a time; every rank must exhaust it."""
         raise NotImplementedError
 
-    def save(self, folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
-        """Write weights and optimizer state into ``folder``, on all ranks together."""
-        raise NotImplementedError
+    def snapshot(self, module: nn.Module, optimizer: Optimizer) -> State:
+        """This rank's part of weights and optimizer state, copied to host memory; of what several ranks hold, one
+        copy. Collective. :func:`lightrft.strategies.state.write` makes a folder of it."""
+        return state.snapshot(module, optimizer)
 
     def load(self, folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
-        """Read what :meth:`save` wrote; ``optimizer=None`` reads the weights alone."""
-        raise NotImplementedError
+        """Read what any strategy on any number of ranks wrote; ``optimizer=None`` reads the weights alone.
+
+        Raises:
+            ValueError: the weights or the optimizer's parameters are others.
+        """
+        state.restore(folder, module, optimizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,9 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightrft.strategies.base import Sharding
-
-_FILE = "model.pt"
-
 
 class Replicated(Sharding):
     """Fabric's single-device and DDP strategies behind the common surface."""
@@ -51,13 +47,3 @@ class Replicated(Sharding):
 
     def full_params(self, parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         return parameters
-
-    def save(self, folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
-        if self.fabric.is_global_zero:
-            torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict()}, folder / _FILE)
-
-    def load(self, folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
-        state = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["module"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
