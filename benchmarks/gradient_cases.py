@@ -38,7 +38,7 @@ from lightrft.lightning_modules import ActorModule, CriticModule
 from lightrft.module import RFTModule
 from lightrft.ops import pack, split_by_tokens
 from lightrft.samples import FIRE, Batch, Prompt, Response, Rollout, Sampling
-from lightrft.strategies import Sharding
+from lightrft.strategies import Roles, Sharding
 
 TEMPERATURE, LONGEST, VOCABULARY = 0.8, 9, 14
 QWEN2 = {
@@ -336,7 +336,7 @@ def step(fabric: Fabric, row: Row, cell: Cell) -> Step:
     module.configure_model()
     if module.reference is not None:
         move(module.reference, 0.06, seed=3)
-    learner = Learner(fabric, module, tokens_per_microbatch=1, gradient_clip_val=None)
+    learner = Learner(fabric, Roles(fabric, {}), module, tokens_per_microbatch=1, gradient_clip_val=None)
     batch = share(Batch.from_rollout(rollout(row)), fabric)
     with row.wrong() if row.wrong else nullcontext():
         learner.tokens_per_microbatch = budget(batch, CUTS[cell.cut])

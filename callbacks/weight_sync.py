@@ -73,7 +73,7 @@ class WeightSync(RFTCallback):
     def _recorded(self, trainer: Any, pl_module: Any) -> Iterator[tuple[str, Tensor]]:
         """The weights in the engine's dtype; what is handed over is what is remembered."""
         dtype = trainer.rollout.engine.dtype
-        for name, tensor in trainer.learner.sharding.full_params(pl_module.export_parameters()):
+        for name, tensor in pl_module.export_parameters():
             tensor = tensor.detach().to(dtype or tensor.dtype)
             if self.probe:
                 self._pushed[name] = fingerprint(tensor)

@@ -6,6 +6,7 @@ import copy
 import difflib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightrft.strategies import gathered, whole
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ def load_model(name_or_path: str | None, config: dict[str, Any] | None) -> PreTr
     try:
         if config is not None:
             model = AutoModelForCausalLM.from_config(_known_config(config), **options)
+        elif torch.get_default_device().type == "meta":
+            model = _skeleton(str(name_or_path), options)
         else:
             # Trainers configure inside a device context, in which transformers loads only with accelerate's help.
             with torch.device("cpu"):
@@ -55,6 +67,14 @@ def load_model(name_or_path: str | None, config: dict[str, Any] | None) -> PreTr
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"config {config}" if config is not None else f"model {name_or_path!r}"
         raise ValueError(f"Cannot build a causal language model from {what}: {_one_line(error)}") from error
+
+
+def _skeleton(name_or_path: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Without weights, for a rank that gets them from another."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name_or_path), **options)
+    with suppress(OSError):  # the folder has none
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path)
+    return model
 
 
 def _check_place(name_or_path: str, what: str) -> None:
@@ -141,8 +161,9 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Weights under the names the plain ``transformers`` model gives them, adapters added; tied ones come once.
 
-    Parameters, then the buffers that a checkpoint holds (routing biases, say). The base weights are not touched;
-    merging in place and back would round them.
+    Whole ones, of sharded parameters too: every rank must take all of them, one after another. Parameters, then the
+    buffers that a checkpoint holds (routing biases, say). The base weights are not touched; merging in place and back
+    would round them.
     """
     adapted = {
         f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
@@ -150,10 +171,12 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        value = parameter.detach()
-        if name in adapted:
-            layer: Any = adapted[name]
-            value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters).to(value.dtype)
+        layer: Any = adapted.get(name)
+        with gathered([parameter] if layer is None else list(layer.parameters())):
+            value = whole(parameter)
+            if layer is not None:
+                delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+                value = value + whole(delta).to(value.dtype)
         yield name.replace(".base_layer.", "."), value
     kept = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)

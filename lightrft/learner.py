@@ -14,7 +14,7 @@ from lightrft.algorithms import StepTotals
 from lightrft.module import RFTModule
 from lightrft.ops import pack, split_by_tokens
 from lightrft.samples import Batch
-from lightrft.strategies import sharding_of
+from lightrft.strategies import Roles
 from lightrft.trained import Trained
 
 _Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -25,6 +25,7 @@ class Learner:
 
     Args:
         fabric: launched.
+        roles: strategies of the models.
         module: configured.
         tokens_per_microbatch: most tokens that one forward holds.
         gradient_clip_val: largest norm of a model's whole gradient; ``None`` does not clip.
@@ -35,15 +36,21 @@ class Learner:
     """
 
     def __init__(
-        self, fabric: Fabric, module: RFTModule, tokens_per_microbatch: int, gradient_clip_val: float | None
+        self,
+        fabric: Fabric,
+        roles: Roles,
+        module: RFTModule,
+        tokens_per_microbatch: int,
+        gradient_clip_val: float | None,
     ) -> None:
         self.fabric = fabric
         self.module = module
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.sharding = sharding_of(fabric)
-        self.policy = Trained(self.sharding, module.actor, gradient_clip_val)
-        self.critic = Trained(self.sharding, module.critic, gradient_clip_val) if module.critic is not None else None
-        self.reference = self.sharding.setup_frozen(module.reference) if module.reference is not None else None
+        self.sharding = roles.default
+        self.policy = Trained(roles["actor"], module.actor, gradient_clip_val)
+        critic, reference = module.critic, module.reference
+        self.critic = Trained(roles["critic"], critic, gradient_clip_val) if critic is not None else None
+        self.reference = roles["reference"].setup_frozen(reference) if reference is not None else None
 
     @property
     def actor(self) -> Any:
@@ -165,10 +172,10 @@ class Learner:
         metrics: dict[str, Tensor] = {}
         for number, rows in enumerate(parts):
             part = self._select(batch, rows)
-            with self.sharding.accumulate(trained.module, last=number == len(parts) - 1):
+            with trained.sharding.accumulate(trained.module, last=number == len(parts) - 1):
                 loss, found = loss_of(part)
                 # Strategies average gradients over ranks; the algorithm's weights ask for the sum.
-                self.fabric.backward(loss * self.fabric.world_size)
+                trained.sharding.backward(trained.module, loss * self.fabric.world_size)
             for name, value in found.items():
                 metrics[name] = _joined(name, metrics.get(name), value.double())
         return self._over_ranks(metrics) | trained.step()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric import Fabric
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.loggers import CSVLogger, Logger
 from lightning.fabric.strategies import Strategy
@@ -37,7 +36,7 @@ from lightrft.random_state import random_state, set_random_state
 from lightrft.refill import refill
 from lightrft.samples import Batch, Prompt, Rollout, Sampling
 from lightrft.scoring import Scoring
-from lightrft.strategies import check_strategy, leave_together
+from lightrft.strategies import Roles, check_roles, leave_together, make_fabric
 
 _NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for example:
   callbacks:
@@ -45,10 +44,6 @@ _NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for examp
       init_args:
         engine: {class_path: lightrft.engines.TransformersEngine}
     - class_path: lightrft.callbacks.WeightSync"""
-
-
-# Half precision needs a loss scaler, whose skipped steps and state this loop does not know.
-_PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16-true", "64-true", "64")
 
 
 @dataclasses.dataclass
@@ -65,10 +60,12 @@ class RFTTrainer:
     """Runs iterations of rollout, scoring, advantages and updates.
 
     Args:
-        accelerator, strategy, devices, num_nodes: as for :class:`lightning.fabric.Fabric`; strategies are ``auto`` and
-            ``ddp``.
-        precision: ``32-true``, ``bf16-mixed``, ``64-true`` or ``bf16-true``; the last keeps no float32 weights, and
-            rounds away steps as small as those of RL.
+        accelerator, devices, num_nodes: as for :class:`lightning.fabric.Fabric`.
+        strategy: ``auto`` (one device, or ``ddp``), ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``, the last four
+            also with ``_offload``; or :class:`~lightrft.strategies.FSDP2`, :class:`~lightrft.strategies.ZeRO`.
+        precision: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true`` (``auto`` and ``ddp``) or ``bf16-true``; the
+            last keeps no float32 weights, and rounds away steps as small as those of RL.
+        strategies: by role (``actor``, ``critic``, ``reference``), for models that take another than ``strategy``.
         callbacks: subclasses of :class:`~lightrft.callback.RFTCallback`; exactly one must be a ``RolloutCallback``.
         logger: where metrics go; ``None`` is a ``metrics.csv`` under ``default_root_dir``, an empty list is nowhere.
         default_root_dir: folder of the run's artefacts.
@@ -94,6 +91,7 @@ class RFTTrainer:
         devices: int | str | list[int] = "auto",
         num_nodes: int = 1,
         precision: str = "32-true",
+        strategies: dict[str, str | Strategy] | None = None,
         callbacks: list[RFTCallback] | None = None,
         logger: Logger | list[Logger] | None = None,
         default_root_dir: str = "runs",
@@ -108,10 +106,8 @@ class RFTTrainer:
         fast_dev_run: bool = False,
         seed: int | None = None,
     ) -> None:
-        check_strategy(strategy)
-        if str(precision) not in _PRECISIONS:
-            raise ValueError(f"trainer.precision={precision!r} is not supported; use one of {', '.join(_PRECISIONS)}.")
-        self.precision = str(precision)
+        self.strategies = strategies or {}
+        check_roles(self.strategies)
         # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
         self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
         check_callbacks(self.callbacks)
@@ -134,14 +130,9 @@ class RFTTrainer:
         if logger is None:
             logger = CSVLogger(self.default_root_dir, name="", flush_logs_every_n_steps=1)
         loggers = [logger] if isinstance(logger, Logger) else logger
-        self.fabric = Fabric(
-            accelerator=accelerator,
-            strategy=strategy,
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=cast(Any, precision),
-            loggers=[] if fast_dev_run else loggers,
-        )
+        self._devices: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
+        self.fabric = make_fabric(strategy, str(precision), loggers=[] if fast_dev_run else loggers, **self._devices)
+        self.precision = str(self.fabric.strategy.precision.precision)
         self._launched = False
         self._begin()
 
@@ -178,9 +169,8 @@ class RFTTrainer:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What a forward computes in, which engines take for theirs."""
-        return (
-            torch.bfloat16 if "bf16" in self.precision else torch.float64 if "64" in self.precision else torch.float32
-        )
+        dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64, "32": torch.float32}
+        return dtypes[self.precision.partition("-")[0]]
 
     @property
     def strategy(self) -> Strategy:
@@ -303,7 +293,9 @@ class RFTTrainer:
         fabric.seed_everything(self.seed, workers=True, verbose=False)
         self._check_world_size()
         self._tell_sizes()
-        self.model.configure_model()
+        roles = Roles(fabric, self.strategies, **self._devices)
+        with roles.building():
+            roles.default.together(self.model.configure_model)
         longest = self.model.context_tokens - self.rollout.sampling.max_new_tokens
         self.datamodule.attach(self.model.tokenizer, self.seed, fabric.global_rank, fabric.world_size, longest)
         self.datamodule.setup(stage)
@@ -312,7 +304,7 @@ class RFTTrainer:
             self.model.check_group_size(self.samples_per_prompt)
             if not self.fast_dev_run:
                 self.model.check_warmup(self.max_iterations)
-        self.learner = Learner(fabric, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
+        self.learner = Learner(fabric, roles, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
         if stage == "fit":
             self.prompts = self.datamodule.train_dataloader()
         for logger in self.loggers:

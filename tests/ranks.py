@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -47,7 +48,8 @@ class _Rank:
 
     def receive(self) -> None:
         try:
-            result, error = self.results.recv()
+            # Plainly pickled: multiprocessing would hand over tensors by files that go with the process.
+            result, error = pickle.loads(self.results.recv_bytes())
         except EOFError:
             self._process.join()
             raise AssertionError(f"Rank {self.rank} died with exit code {self._process.exitcode}.") from None
@@ -75,7 +77,7 @@ def _run(
         answer = work(*arguments), None
     except BaseException:
         answer = None, traceback.format_exc()
-    sending.send(answer)
+    sending.send_bytes(pickle.dumps(answer))
     if answer[1] is None and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

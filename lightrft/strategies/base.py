@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,6 +43,28 @@ class Sharding:
         """One-dimensional tensors of all ranks, of any length, joined in their order; on the host. Collective."""
         return torch.cat(self.everyone(values.detach().cpu()))
 
+    def together(self, work: Callable[[], None]) -> None:
+        """Do what may fail on one rank alone, and fail on all: the others would wait for it. Collective.
+
+        Raises:
+            RuntimeError: it failed on another rank; says which and how.
+        """
+        failure: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            failure = error
+        reports = self.everyone(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, report in enumerate(reports):
+            if report is not None:
+                raise RuntimeError(f"Rank {rank} failed with {report}")
+
+    def building(self) -> AbstractContextManager[None]:
+        """Around the loading of weights, which may then wait for :meth:`setup` on ranks other than the first."""
+        return nullcontext()
+
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """Prepare a trained module and its optimizer; returns the pair to call and to step."""
         raise NotImplementedError
@@ -55,16 +77,16 @@ class Sharding:
         """Around one micro-batch's forward and backward; gradients are reduced over ranks in the ``last`` one."""
         raise NotImplementedError
 
+    def backward(self, module: Any, loss: Tensor) -> None:
+        """Inside :meth:`accumulate`: the gradients of ``loss``, averaged over ranks in the last micro-batch."""
+        self.fabric.backward(loss, model=module)
+
     def step(self, module: Any, optimizer: Any, clip_norm: float | None) -> float:
         """Clip and step, or skip both where the gradient norm is not finite. Zeroes the gradients.
 
         Returns:
             the global gradient norm before clipping; not finite when the step was skipped.
         """
-        raise NotImplementedError
-
-    def full_params(self, parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Names with whole, unsharded tensors, one at a time; every rank must exhaust it."""
         raise NotImplementedError
 
     def snapshot(self, module: nn.Module, optimizer: Optimizer) -> State:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -13,22 +13,42 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightrft.strategies.base import Sharding
+from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.process_group import TIMEOUT, backend_for
+
+
+class DDP(DDPStrategy):
+    """Distributed data parallel: every rank holds the whole model, gradients are averaged.
+
+    Args:
+        timeout: of collectives, seconds.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT) -> None:
+        super().__init__(timeout=timedelta(seconds=timeout))
+
+    def _get_process_group_backend(self) -> str:
+        return backend_for(self.root_device)
+
 
 class Replicated(Sharding):
-    """Fabric's single-device and DDP strategies behind the common surface."""
+    """Fabric's single device and :class:`DDP` behind the common surface."""
 
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         return self.fabric.setup(module, optimizer)
 
     def setup_frozen(self, module: nn.Module) -> Any:
-        # DDP refuses a module without gradients, and there is nothing to reduce.
-        placed = self.fabric.to_device(self.fabric.strategy.precision.convert_module(module))
+        precision, placed = self.fabric.strategy.precision, self._placed(module)
 
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad(), self.fabric.strategy.precision.forward_context():
+            with torch.no_grad(), precision.forward_context():
                 return placed(*args, **kwargs)
 
         return evaluate
+
+    def _placed(self, module: nn.Module) -> nn.Module:
+        # DDP refuses a module without gradients, and there is nothing to reduce.
+        return cast(nn.Module, self.fabric.to_device(self.fabric.strategy.precision.convert_module(module)))
 
     def accumulate(self, module: Any, last: bool) -> AbstractContextManager[None]:
         if isinstance(self.fabric.strategy, DDPStrategy):
@@ -43,7 +63,7 @@ class Replicated(Sharding):
         if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        precision = self.fabric.strategy.precision
+        if isinstance(precision, ScaledFloat16):
+            precision.after_step(math.isfinite(norm))
         return norm
-
-    def full_params(self, parameters: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        return parameters

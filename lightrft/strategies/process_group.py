@@ -1,0 +1,32 @@
+"""How the process group of a run is made and left."""
+
+from __future__ import annotations
+
+import atexit
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+
+TIMEOUT = 1800.0  # seconds, torch's own for gloo
+
+
+def backend_for(device: torch.device) -> str:
+    """Both backends where there is a GPU: what lies on the host (offloaded shards, checkpoints) travels by gloo."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def leave_together(fabric: Fabric) -> None:
+    """Wait for all ranks, and have the process group destroyed when the process ends: left alone, exits are unclean.
+
+    For a run that went well; after an error no rank may wait for another.
+    """
+    if dist.is_initialized():
+        fabric.barrier()
+        atexit.unregister(_destroy_process_group)
+        atexit.register(_destroy_process_group)
+
+
+def _destroy_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
