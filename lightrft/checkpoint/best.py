@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ class Best:
     """The best checkpoint so far.
 
     Attributes:
-        folder: its name, beside ``best.json``.
+        folder: its path.
         monitor: the metric.
         mode: whether the largest or the smallest value is best.
         value: what the metric was.
@@ -35,11 +36,12 @@ class Best:
             return True
         return self.value > other.value if self.mode == "max" else self.value < other.value
 
-    def write(self, folder: Path) -> None:
-        """Name it in ``folder``, at once or not at all."""
-        partial = folder / f".{NAME}"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / NAME)
+    def write(self, place: Path) -> None:
+        """Name it in ``place``, by the way from there: all at once, or not at all."""
+        partial = place / f".{NAME}"
+        named = asdict(self) | {"folder": os.path.relpath(self.folder, place)}
+        partial.write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
+        partial.replace(place / NAME)
 
 
 def best_in(file: Path) -> Path | None:

@@ -35,7 +35,7 @@ def load(folder: Path, trainer: RFTTrainer, weights_only: bool = False) -> None:
         trainer.load_state_dict(_state_for(folder, trainer, manifest.ranks_of(sums)))
     try:
         for name, trained in learner.trained.items():
-            learner.sharding.load(folder / name, trained.origin, None if weights_only else trained.optimizer)
+            trained.load(folder / name, weights_only)
     # A folder that is not there, or names, shapes and parameter groups that do not fit.
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -70,7 +70,9 @@ def find(path: str, roots: list[Path]) -> Path:
     folders = [folder for folder in found if folder is not None and manifest.is_checkpoint(folder)]
     if not folders:
         hint = "" if path == "last" else " that was kept as the best (RFTCheckpoint.monitor)"
-        raise ValueError(f"ckpt_path is {path!r}, but there is no checkpoint{hint} under {' or '.join(map(str, roots))}.")
+        raise ValueError(
+            f"ckpt_path is {path!r}, but there is no checkpoint{hint} under {' or '.join(map(str, roots))}."
+        )
     return folders[0]
 
 

@@ -54,12 +54,12 @@ class Writer:
             OSError: an earlier one could not be written.
         """
         self.wait()
-        trainer, learner = self._trainer, self._trainer.learner
+        trainer = self._trainer
         loop = io.BytesIO()
         torch.save(trainer.state_dict(), loop)
         job = _Job(
             folder,
-            {name: learner.sharding.snapshot(one.origin, one.optimizer) for name, one in learner.trained.items()},
+            {name: trained.snapshot() for name, trained in trainer.learner.trained.items()},
             {manifest.rank_file(trainer.fabric.global_rank): loop.getvalue(), **self._settings},
             trainer.fabric.global_rank,
             self._group,

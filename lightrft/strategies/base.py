@@ -89,15 +89,25 @@ class Sharding:
         """
         raise NotImplementedError
 
-    def snapshot(self, module: nn.Module, optimizer: Optimizer) -> State:
-        """This rank's part of weights and optimizer state, copied to host memory; of what several ranks hold, one
-        copy. Collective. :func:`lightrft.strategies.state.write` makes a folder of it."""
-        return state.snapshot(module, optimizer)
+    def snapshot(self, module: Any, optimizer: Any) -> State:
+        """This rank's part of the state of what :meth:`setup` returned, copied to host memory. Collective.
 
-    def load(self, folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
-        """Read what any strategy on any number of ranks wrote; ``optimizer=None`` reads the weights alone.
+        Each tensor is in the part of one rank, or divided over all; :func:`lightrft.strategies.state.write` makes a
+        folder of the parts.
+        """
+        return state.snapshot(module.module, optimizer, self.precision.state_dict())
+
+    def load(self, folder: Path, module: Any, optimizer: Any | None) -> None:
+        """Read what any strategy wrote on any number of ranks; ``optimizer=None`` reads the weights alone. Collective.
 
         Raises:
             ValueError: the weights or the optimizer's parameters are others.
         """
-        state.restore(folder, module, optimizer)
+        scaler = state.restore(folder, module.module, optimizer, self.precision.state_dict())
+        if optimizer is not None:
+            self.precision.load_state_dict(scaler)
+
+    def state_bytes(self, module: nn.Module) -> int:
+        """What :meth:`snapshot` of all ranks takes: weights, and two moments of each trained one in Adam."""
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
+        return sum(size * (3 if trained else 1) for size, trained in sizes)

@@ -2,8 +2,9 @@
 
 One format whatever the strategy, so that each reads the others': ``model.<name>`` with the names of the module's own
 ``state_dict()`` (tied weights once), ``optimizer.state.<name>.<key>`` and ``optimizer.param_groups.<name>.<key>``, which
-is the flattened form of :mod:`torch.distributed.checkpoint.state_dict`. Its own functions are not used: they step an
-optimizer that has not stepped yet, which then counts one step too many.
+is the flattened form of :mod:`torch.distributed.checkpoint.state_dict`, and ``scaler.<key>`` where a loss scale has a
+state. Torch's own functions are not used: they step an optimizer that has not stepped yet, which then counts one step
+too many.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 State = dict[str, Any]
 """This rank's part of a model's state: host tensors (whole, or the local part of a DTensor) and plain values."""
 
-MODEL, STATE, GROUPS = "model.", "optimizer.state.", "optimizer.param_groups."
+MODEL, STATE, GROUPS, SCALER = "model.", "optimizer.state.", "optimizer.param_groups.", "scaler."
 
 
 class Shares:
@@ -47,10 +48,17 @@ class Shares:
         return rank == self._rank
 
 
-def snapshot(module: nn.Module, optimizer: Optimizer) -> State:
-    """This rank's part of the state, copied to the host: later steps do not change it. To be asked on every rank."""
-    shares = Shares()
-    return {name: on_host(value) for name, value in _named(module, unwrapped(optimizer)) if shares.mine(value)}
+def snapshot(module: nn.Module, optimizer: Optimizer, scaler: State | None = None) -> State:
+    """This rank's part of the state, copied to the host: later steps do not change it. To be asked on every rank.
+
+    Args:
+        module: held whole by every rank, or as DTensors.
+        optimizer: of its parameters, perhaps in Fabric's wrapper.
+        scaler: state of the loss scale in float16.
+    """
+    shares, named = Shares(), _named(module, unwrapped(optimizer))
+    kept = {name: on_host(value) for name, value in named if shares.mine(value)}
+    return kept | {SCALER + name: value for name, value in (scaler or {}).items() if shares.mine(value)}
 
 
 def on_host(value: Any) -> Any:
@@ -115,6 +123,8 @@ def write(folder: Path, state: State, group: dist.ProcessGroup | None) -> None:
 
 def read(folder: Path, into: State) -> State:
     """Fill ``into``: tensors in place, cast to their own dtype, and plain values. Each process reads for itself."""
+    if not into:
+        return into
     _quiet()
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
@@ -151,8 +161,11 @@ def _quiet() -> None:
 # --- reading it back -------------------------------------------------------------------------------------------------
 
 
-def restore(folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
+def restore(folder: Path, module: nn.Module, optimizer: Optimizer | None, scaler: State | None = None) -> State:
     """Put the state of ``folder`` into a model that this process holds whole, or as DTensors; ``None``: weights alone.
+
+    Returns:
+        the state of the loss scale: ``scaler`` with what the folder knows of it.
 
     Raises:
         ValueError: names or shapes are not those of the model and the optimizer's parameters.
@@ -163,6 +176,9 @@ def restore(folder: Path, module: nn.Module, optimizer: Optimizer | None) -> Non
     if optimizer is not None:
         optimizer = unwrapped(optimizer)
         optimizer.load_state_dict(_optimizer_state(folder, held, weights, optimizer))
+    known = {SCALER + name: value for name, value in (scaler or {}).items()}
+    found = read(folder, {name: None for name in known if name in held})
+    return {name.removeprefix(SCALER): value for name, value in (known | found).items()}
 
 
 def check_names(held: dict[str, Any], shapes: dict[str, torch.Size]) -> None:
