@@ -137,8 +137,8 @@ class RFTCheckpoint(CheckpointCallback):
             return
         if self.monitor not in row:
             rank_zero_warn(
-                f"{folder.name} does not compete for the best checkpoint: its row has no {self.monitor!r}. Measure it at the "
-                f"iterations at which RFTCheckpoint saves. There are {', '.join(sorted(row))}."
+                f"{folder.name} does not compete for the best checkpoint: its row has no {self.monitor!r}. Measure it "
+                f"at the iterations at which RFTCheckpoint saves. There are {', '.join(sorted(row))}."
             )
             return
         candidate = Best(str(folder), self.monitor, self.mode, row[self.monitor])

@@ -1,10 +1,9 @@
 """A trained model and its optimizer as flat, named values, and as a folder of torch's distributed checkpoint.
 
 One format whatever the strategy, so that each reads the others': ``model.<name>`` with the names of the module's own
-``state_dict()`` (tied weights once), ``optimizer.state.<name>.<key>`` and ``optimizer.param_groups.<name>.<key>``, which
-is the flattened form of :mod:`torch.distributed.checkpoint.state_dict`, and ``scaler.<key>`` where a loss scale has a
-state. Torch's own functions are not used: they step an optimizer that has not stepped yet, which then counts one step
-too many.
+``state_dict()`` (tied weights once), ``optimizer.state.<name>.<key>`` and ``optimizer.param_groups.<name>.<key>``, the
+flattened form of :mod:`torch.distributed.checkpoint.state_dict`, and ``scaler.<key>`` where a loss scale has a state.
+Torch's own functions are not used: they step an optimizer that never has, which then counts one step too many.
 """
 
 from __future__ import annotations

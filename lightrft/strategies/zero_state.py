@@ -1,8 +1,8 @@
 """State of a model under DeepSpeed's ZeRO in the format of :mod:`lightrft.strategies.state`.
 
-Its parts lie in flat partitions, so each tensor is made whole on all ranks, one at a time, and kept on one of them; read
-back, each rank takes its fragment of the whole tensor. Master weights (float32) are what counts: of those computed with
-in half precision they are a rounding.
+Its parts lie in flat partitions, so each tensor is made whole on all ranks, one at a time, and kept on one of them;
+read back, each rank takes its fragment of the whole tensor. Master weights (float32) are what counts: of those computed
+with in half precision they are a rounding.
 """
 
 from __future__ import annotations

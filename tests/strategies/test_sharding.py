@@ -73,8 +73,10 @@ def _skipped(inputs: str, name: str) -> tuple[bool, list[bool], bool]:
     norms.append(train_step(sharding, module, optimizer))
     weights.append(exported(actor))
     same = all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    return same, [math.isfinite(norm) for norm in norms], any(
-        not torch.equal(weights[1][key], weights[2][key]) for key in weights[0]
+    return (
+        same,
+        [math.isfinite(norm) for norm in norms],
+        any(not torch.equal(weights[1][key], weights[2][key]) for key in weights[0]),
     )
 
 
