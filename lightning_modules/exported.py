@@ -56,7 +56,11 @@ def _check_apart(checkpoint: Path, settings: Path, adapters: bool) -> None:
 
 def _with_adapters(model: Any, settings: Path) -> Any:
     peft = _peft()
-    return peft.get_peft_model(model, peft.LoraConfig.from_pretrained(settings))
+    config = peft.LoraConfig.from_pretrained(settings)
+    base = config.base_model_name_or_path
+    adapted = peft.get_peft_model(model, config)
+    adapted.active_peft_config.base_model_name_or_path = base  # for peft it is where the configuration was read
+    return adapted
 
 
 def _peft() -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import shutil
+import threading
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -15,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from trainer import tiny_run
 
 from lightrft import checkpoint
 from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
 from lightrft.callbacks import RFTCheckpoint, WeightSync
+from lightrft.checkpoint import manifest
 from lightrft.trainer import RFTTrainer
 
 Usage = namedtuple("Usage", "total used free")
@@ -80,10 +84,125 @@ def test_a_dry_run_writes_nothing(inputs: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("options", [{"every_n_iterations": 0}, {"max_keep": 0}, {"at": "epoch"}])
+@pytest.mark.parametrize("options", [{"every_n_iterations": 0}, {"max_keep": 0}, {"at": "epoch"}, {"mode": "least"}])
 def test_values_without_meaning_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"at least 1|at is 'epoch'"):
+    with pytest.raises(ValueError, match=r"at least 1|at is 'epoch'|mode is 'least'"):
         RFTCheckpoint(**options)
+
+
+# In the background
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_written(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, seen = threading.Event(), []
+    written = manifest.sums_of
+
+    def slowly(*arguments: Any) -> Any:
+        assert go_on.wait(60)
+        return written(*arguments)
+
+    class Watch(RFTCallback):
+        def on_update_end(self, trainer: Any, pl_module: Any, outputs: dict[str, float]) -> None:
+            saving = trainer.checkpoint_callback
+            if trainer.progress.iteration == 1:  # an optimizer step is done since the first was begun
+                seen.append((saving.last_checkpoint, [path.name for path in saving._written]))
+                go_on.set()
+
+    monkeypatch.setattr(manifest, "sums_of", slowly)
+    whole = tiny_run.fit(inputs, tmp_path / "whole", [Watch(), tiny_run.checkpoints(max_keep=9)])
+    assert seen[0] == (None, ["iteration-000001"])
+    assert names(whole) == ["iteration-000001", "iteration-000002", "iteration-000003"]
+    # What was written is what was there when it was begun.
+    first = Path(whole.log_dir) / "checkpoints" / "iteration-000001"
+    resumed = tiny_run.fit(inputs, tmp_path / "resumed", ckpt_path=str(first))
+    assert tiny_run.differences(tiny_run.weights(resumed), tiny_run.weights(whole)) == []
+
+
+def _one_rank_fails(inputs: str, root: str, asynchronous: bool) -> list[str]:
+    """What each rank says where the other's disk is full, and what is left."""
+    if int(os.environ["RANK"]) == 1:
+        opened = Path.open
+
+        def full(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if path.name == "rank-1.pt" and "iteration-000002" in str(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return opened(path, mode, *args, **kwargs)
+
+        Path.open = full  # type: ignore[method-assign]
+    saving = tiny_run.checkpoints(dirpath=f"{root}/saved", asynchronous=asynchronous)
+    with pytest.warns(UserWarning, match="iteration-000001"), pytest.raises(OSError) as caught:
+        tiny_run.fit(Path(inputs), Path(root), [saving], devices=2)
+    return [str(caught.value), *(path.name for path in Path(root, "saved").iterdir())]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_rank_that_cannot_write_stops_all(inputs: Path, tmp_path: Path, asynchronous: bool) -> None:
+    (said, *left), (other, *_) = on_ranks(2, _one_rank_fails, str(inputs), str(tmp_path), asynchronous)
+    assert said == other
+    assert "iteration-000002 could not be written (rank 1: " in said and "No space left on device" in said
+    assert left == ["iteration-000001"]
+
+
+# The best
+
+
+class Measure(RFTCallback):
+    """Logs ``score``: one value an iteration; ``None`` logs nothing."""
+
+    def __init__(self, *values: float | None) -> None:
+        self.values = values
+
+    def on_iteration_end(self, trainer: Any, pl_module: Any) -> None:
+        value = self.values[trainer.progress.iteration - 1]
+        if value is not None:
+            trainer.log("score", value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [
+        ("max", (0.1, 0.9, 0.9, 0.3, 0.2), 2),  # of equals the earlier
+        ("min", (0.5, 0.1, 0.2, 0.3, 0.2), 2),
+        ("max", (math.nan, 0.2, math.nan, math.nan, 0.1), 2),
+        ("max", (-math.inf, -1.0, None, -2.0, -3.0), 2),
+    ],
+)
+def test_the_best_is_kept_besides_the_newest(
+    inputs: Path, tmp_path: Path, mode: Any, values: tuple[float | None, ...], best: int
+) -> None:
+    saving = tiny_run.checkpoints(monitor="score", mode=mode, max_keep=1)
+    trainer = tiny_run.fit(inputs, tmp_path, [Measure(*values), saving], max_iterations=5)
+    assert names(trainer) == ["best.json", f"iteration-{best:06d}", "iteration-000005"]
+    assert checkpoint.find("best", [tmp_path]).name == f"iteration-{best:06d}"
+    assert checkpoint.find("last", [tmp_path]).name == "iteration-000005"
+    (tmp_path / "version_0").rename(tmp_path / "moved")  # a run's folder may move
+    assert checkpoint.find("best", [tmp_path]).parent == tmp_path / "moved" / "checkpoints"
+
+
+def test_a_resumed_run_still_knows_the_best(inputs: Path, tmp_path: Path) -> None:
+    def fit(*values: float, **options: Any) -> RFTTrainer:
+        saving = tiny_run.checkpoints(monitor="score", max_keep=1)
+        return tiny_run.fit(inputs, tmp_path, [Measure(*values), saving], max_iterations=len(values), **options)
+
+    first = fit(0.9, 0.1)
+    second = fit(0, 0, 0.2, 0.3, ckpt_path="last")
+    assert names(first) == ["best.json", "iteration-000001"]  # the resumed run's newest took the other's place
+    assert names(second) == ["best.json", "iteration-000004"]
+    assert checkpoint.find("best", [tmp_path]).resolve() == Path(first.log_dir) / "checkpoints" / "iteration-000001"
+    third = fit(0, 0, 0, 0, 1.0, ckpt_path="last")
+    assert names(third) == ["best.json", "iteration-000005"] and names(first) == ["best.json"]
+    assert checkpoint.find("best", [tmp_path]).name == "iteration-000005"
+
+
+def test_a_row_without_the_metric_is_told(inputs: Path, tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"iteration-000001 does not compete .*no 'vall/reward'.*There are .*val/reward/mean"
+    ):
+        tiny_run.fit(inputs, tmp_path, [tiny_run.checkpoints(monitor="vall/reward")], max_iterations=1)
+    with pytest.raises(ValueError, match="ckpt_path is 'best', but there is no checkpoint that was kept as the best"):
+        tiny_run.fit(inputs, tmp_path, ckpt_path="best")
 
 
 # Before training

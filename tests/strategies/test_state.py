@@ -111,7 +111,11 @@ def _fresh(inputs: str, strategy: str, to: str) -> tuple[bool, int, int]:
     tensors = [value for value in part.values() if isinstance(value, torch.Tensor)]
     held = sum((value.to_local() if hasattr(value, "to_local") else value).nbytes for value in tensors)
     _write(sharding, module, optimizer, Path(to))
-    return any(name.startswith(state.STATE) for name in part), held, sum(p.nbytes for p in new_actor(inputs).parameters())
+    return (
+        any(name.startswith(state.STATE) for name in part),
+        held,
+        sum(p.nbytes for p in new_actor(inputs).parameters()),
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
