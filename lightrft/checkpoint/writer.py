@@ -38,10 +38,12 @@ class Writer:
     def __init__(self, trainer: RFTTrainer) -> None:
         self._trainer = trainer
         self._group = dist.new_group(backend="gloo") if trainer.fabric.world_size > 1 else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _bind, (trainer.fabric.device,))
         self._writing: Future[None] | None = None
+        self._settings: dict[str, bytes] = {}
         # Once, and here: a fast tokenizer cannot be saved by one thread while another encodes with it.
-        self._settings = _settings(trainer) if trainer.is_global_zero else {}
+        if trainer.is_global_zero:
+            self._settings = _settings(trainer)
 
     def begin(self, folder: Path, then: Callable[[], None]) -> None:
         """Copy the state to host memory and begin to write it to ``folder``; one of that name is replaced.
@@ -208,6 +210,12 @@ def check_writable(folder: Path, owner: str) -> None:
             pass
     except OSError as error:
         raise OSError(f"{owner} cannot write to {folder} ({error}); set its dirpath to a writable folder.") from error
+
+
+def _bind(device: torch.device) -> None:
+    """A new thread is on the first GPU, and torch's writer asks for a stream of its GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _settings(trainer: RFTTrainer) -> dict[str, bytes]:

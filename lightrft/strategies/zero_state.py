@@ -84,7 +84,7 @@ def _named(engine: Any) -> Iterator[tuple[str, Any]]:
                     yield f"{STATE}{name}.{key}", torch.as_tensor(value, dtype=torch.float32)
             yield from ((f"{GROUPS}{name}.{key}", value) for key, value in flat.group.items() if key != "params")
     yield from ((f"engine.{name}", getattr(engine, name)) for name in _COUNTERS)
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
         yield f"{SCALER}scale", float(scaler.cur_scale)
         yield from ((SCALER + name, getattr(scaler, name)) for name in _SCALER)
@@ -220,7 +220,7 @@ def _restore_moments(folder: Path, held: dict[str, Any], flat: _Flat) -> None:
 
 
 def _restore_counters(folder: Path, held: dict[str, Any], engine: Any) -> None:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     targets = {f"engine.{name}": (engine, name) for name in _COUNTERS}
     if getattr(scaler, "dynamic", False):
         targets |= {f"{SCALER}scale": (scaler, "cur_scale")}
