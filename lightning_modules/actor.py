@@ -134,15 +134,19 @@ class ActorModule(LanguageBackbone):
         Returns:
             ``(log_probs, entropy)``: at least float32 ``[M]``, nats.
         """
-        with nullcontext() if adapter else self._adapter_off():
-            hidden = self._hidden(input_ids, position_ids, cu_seqlens)
+
+        def head(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             return log_probs_and_entropy(
-                hidden[predict],
-                input_ids[predict + 1],
+                hidden,
+                input_ids[positions + 1],
                 lambda h: pretrained.logits_of(self.transformer, h),
                 temperature=temperature,
                 chunk_tokens=self.head_chunk_tokens,
             )
+
+        with nullcontext() if adapter else self._adapter_off():
+            log_probs, entropy = self._at_predictions(input_ids, position_ids, cu_seqlens, predict, head)
+            return log_probs, entropy
 
     def _adapter_off(self) -> AbstractContextManager[None]:
         assert self.lora is not None, "only LoRA has an adapter to switch off"

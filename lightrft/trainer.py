@@ -75,6 +75,8 @@ class RFTTrainer:
         responses_per_update: responses an optimizer step, over all ranks; ``None`` is the whole rollout.
         epochs_per_iteration: passes over a rollout.
         tokens_per_microbatch: most tokens (prompt and response) in one forward of one rank; accumulation follows.
+        sequence_parallel_size: consecutive ranks that share the tokens of a micro-batch (DeepSpeed-Ulysses, arXiv
+            2309.14509): for contexts that one rank has no memory for.
         gradient_clip_val: largest norm of the whole gradient; ``None`` does not clip.
         limit_val_prompts: validate on the first so many prompts; ``None`` is all.
         fast_dev_run: one iteration that writes nothing: does the configuration run?
@@ -101,6 +103,7 @@ class RFTTrainer:
         responses_per_update: int | None = None,
         epochs_per_iteration: int = 1,
         tokens_per_microbatch: int = 16384,
+        sequence_parallel_size: int = 1,
         gradient_clip_val: float | None = 1.0,
         limit_val_prompts: int | None = None,
         fast_dev_run: bool = False,
@@ -122,6 +125,7 @@ class RFTTrainer:
         self.responses_per_update = responses_per_update if responses_per_update is not None else responses
         self.epochs_per_iteration = epochs_per_iteration
         self.tokens_per_microbatch = tokens_per_microbatch
+        self.sequence_parallel_size = sequence_parallel_size
         self.gradient_clip_val = gradient_clip_val
         self.limit_val_prompts = limit_val_prompts
         self.fast_dev_run = fast_dev_run
@@ -310,7 +314,14 @@ class RFTTrainer:
             self.model.check_group_size(self.samples_per_prompt)
             if not self.fast_dev_run:
                 self.model.check_warmup(self.max_iterations)
-        self.learner = Learner(fabric, roles, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
+        self.learner = Learner(
+            fabric,
+            roles,
+            self.model,
+            self.tokens_per_microbatch,
+            self.gradient_clip_val,
+            self.sequence_parallel_size,
+        )
         if stage == "fit":
             self.prompts = self.datamodule.train_dataloader()
         for logger in self.loggers:
@@ -543,7 +554,8 @@ class RFTTrainer:
 
     def _check_sizes(self) -> None:
         sizes = ("max_iterations", "prompts_per_iteration", "samples_per_prompt", "responses_per_update")
-        for name in (*sizes, "epochs_per_iteration", "tokens_per_microbatch", "limit_val_prompts"):
+        further = ("epochs_per_iteration", "tokens_per_microbatch", "sequence_parallel_size", "limit_val_prompts")
+        for name in (*sizes, *further):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"trainer.{name} is {size}; it must be at least 1.")
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:

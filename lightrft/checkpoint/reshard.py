@@ -7,7 +7,6 @@ rollout and of the batch: of every update's share one block, the blocks in the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -76,11 +75,10 @@ def _joined(batches: list[Batch]) -> Batch:
         batch.group_ids = batch.group_ids + start
         start = int(batch.group_ids.max()) + 1
 
-    def all_rows(name: str) -> Tensor:
-        return torch.cat([_padded(getattr(batch, name), longest) for batch in batches])
-
-    tensors = {field.name: all_rows(field.name) for field in fields(Batch) if field.name != "sequences"}
-    return Batch(sequences=[one for batch in batches for one in batch.sequences], **tensors)
+    columns = {
+        name: torch.cat([_padded(batch.columns[name], longest) for batch in batches]) for name in batches[0].columns
+    }
+    return Batch(sequences=[one for batch in batches for one in batch.sequences], **columns)
 
 
 def _padded(values: Tensor, longest: int) -> Tensor:

@@ -34,7 +34,7 @@ def varlen_attention(
     Returns:
         ``[N, H_q, D_v]``.
     """
-    query, key, value = (_autocast(states) for states in (query, key, value))
+    query, key, value = (in_autocast_dtype(states) for states in (query, key, value))
     if query.is_cuda and query.dtype in _KERNEL_DTYPES and value.shape[-1] == key.shape[-1]:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -51,7 +51,7 @@ def varlen_attention(
     return _padded_attention(query, key, value, cu_seqlens, scale, window)
 
 
-def _autocast(states: Tensor) -> Tensor:
+def in_autocast_dtype(states: Tensor) -> Tensor:
     """Norms of queries and keys leave them in float32, beside values in half precision: no kernel takes such a mix."""
     device = states.device.type
     if states.dtype == torch.float32 and torch.is_autocast_enabled(device):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -48,6 +48,23 @@ class Sharding:
     def gather(self, values: Tensor) -> Tensor:
         """One-dimensional tensors of all ranks, of any length, joined in their order; on the host. Collective."""
         return torch.cat(self.everyone(values.detach().cpu()))
+
+    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send every rank its part, and get what each has for this one. Collective.
+
+        Args:
+            parts: uint8, for each rank, on the host.
+            sizes: bytes that each rank has for this one.
+
+        Returns:
+            uint8, of each rank, on the host.
+        """
+        if self.fabric.world_size == 1:
+            return list(parts)
+        sent = torch.cat(list(parts)).to(self.fabric.device)
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, list(sizes), [len(part) for part in parts])
+        return list(received.cpu().split(list(sizes)))
 
     def together(self, work: Callable[[], None]) -> None:
         """Do what may fail on one rank alone, and fail on all: the others would wait for it. Collective.

@@ -110,7 +110,7 @@ def test_the_norm_is_of_the_whole_gradient_and_clips_it(inputs: str, name: str) 
 
 
 def _sharded(inputs: str, tied: bool) -> dict[str, tuple[bool, int]]:
-    fabric, sharding = launched("fsdp2")
+    _, sharding = launched("fsdp2")
     actor = new_actor(inputs, config={**tiny_run.QWEN2, "tie_word_embeddings": tied})
     sharding.setup(actor, torch.optim.AdamW(actor.parameters()))
     return {
@@ -155,7 +155,7 @@ def test_rank_0_loads_and_the_others_get_their_shards(inputs: str, lora: bool) -
 
 
 def _hybrid(inputs: str) -> list[tuple[int, ...]]:
-    fabric, sharding = launched(FSDP2(replicas=2), devices=4)
+    _, sharding = launched(FSDP2(replicas=2), devices=4)
     actor = new_actor(inputs)
     module, optimizer = sharding.setup(actor, torch.optim.AdamW(actor.parameters()))
     train_step(sharding, module, optimizer)

@@ -68,6 +68,15 @@ def _models(log_dir: Path) -> list[Path]:
     return sorted(file.parent for file in folder.rglob(".metadata"))
 
 
+def test_one_rank_waits_for_none_and_two_for_each_other(runs: Runs) -> None:
+    one, two = (
+        [float(row["balance/busiest_over_mean"]) for row in tiny_run.rows(runs[ranks]).values() if "responses" in row]
+        for ranks in (1, 2)
+    )
+    assert len(one) == len(two) == 3
+    assert one == pytest.approx([1.0] * 3) and all(1.0 < value < 1.2 for value in two)
+
+
 def test_the_cases_do_what_they_are_for(driven: Path) -> None:
     def iterations(case: str) -> list[dict[str, str]]:
         return [row for row in tiny_run.rows(driven / case / "ranks-2" / "version_0").values() if "responses" in row]
