@@ -98,8 +98,17 @@ class ActorModule(LanguageBackbone):
         return pretrained.merged_weights(self.transformer)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a Hugging Face folder: weights (adapters merged), configuration, tokenizer."""
+        """Write a Hugging Face folder: weights (adapters merged), configuration, tokenizer.
+
+        On all ranks together, as each may hold but a part; the first one writes.
+        """
         pretrained.save_pretrained(self.transformer, self.tokenizer, folder)
+
+    def save_settings(self, folder: Path) -> None:
+        """Write what such a folder holds besides weights, and LoRA's settings."""
+        pretrained.save_settings(self.transformer, self.tokenizer, folder)
+        if self.lora is not None:
+            pretrained.save_lora(self.language_model, self.name_or_path, folder)
 
     # --- log-probs of packed sequences -------------------------------------------------------------------------------
 

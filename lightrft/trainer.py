@@ -167,6 +167,11 @@ class RFTTrainer:
         return responses // self.responses_per_update * self.epochs_per_iteration
 
     @property
+    def shares_per_iteration(self) -> int:
+        """Parts of a rollout that an optimizer step sees."""
+        return self.updates_per_iteration // self.epochs_per_iteration
+
+    @property
     def is_global_zero(self) -> bool:
         return self.fabric.is_global_zero
 
@@ -221,8 +226,9 @@ class RFTTrainer:
         Args:
             model: joins actor, algorithm and rewards.
             datamodule: prompts.
-            ckpt_path: a checkpoint folder to resume from exactly, or ``last`` for the newest under
-                ``default_root_dir``.
+            ckpt_path: a checkpoint folder to resume from exactly; ``last`` for the newest under
+                ``default_root_dir``, or ``best`` for what was best by ``RFTCheckpoint.monitor``. Another number of
+                ranks and another strategy may resume.
 
         Raises:
             ValueError: the configuration cannot work; raised before any training.
@@ -360,7 +366,7 @@ class RFTTrainer:
 
     def _roll_out(self) -> None:
         # Taken one update's share at a time, so that an update sees the same responses on any number of ranks.
-        shares = self.updates_per_iteration // self.epochs_per_iteration
+        shares = self.shares_per_iteration
         prompts = [p for _ in range(shares) for p in self.prompts.take(self.prompts_per_iteration // shares)]
         self.samples = self.sample(prompts)
 
@@ -507,7 +513,6 @@ class RFTTrainer:
             "schedulers": {
                 name: one.scheduler.state_dict() for name, one in self.learner.trained.items() if one.scheduler
             },
-            "loss_scales": {name: one.sharding.precision.state_dict() for name, one in self.learner.trained.items()},
             "algorithm": self.model.algorithm.state_dict(),
             "callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks},
             "random": random_state(),
@@ -517,8 +522,8 @@ class RFTTrainer:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or another
-                number of ranks, or, from inside an iteration, another algorithm or sampling.
+            ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or, from
+                inside an iteration, another algorithm or sampling.
         """
         _check_same(state["run"], self._identity(), "set it back, or start anew")
         if state["samples"]:
@@ -531,18 +536,17 @@ class RFTTrainer:
         self.prompts.load_state_dict(state["prompts"])
         for name, scheduler in state["schedulers"].items():
             self.learner.trained[name].scheduler.load_state_dict(scheduler)
-        for name, scale in state["loss_scales"].items():
-            self.learner.trained[name].sharding.precision.load_state_dict(scale)
         self.model.algorithm.load_state_dict(state["algorithm"])
         for callback in self.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
-        set_random_state(state["random"])
+        if state["random"] is not None:
+            set_random_state(state["random"])
 
     def _identity(self) -> dict[str, Any]:
         names = ("seed", "prompts_per_iteration", "samples_per_prompt", "responses_per_update", "epochs_per_iteration")
         sizes = {name: getattr(self, name) for name in names}
-        return sizes | self.learner.settings | {"ranks": self.fabric.world_size}
+        return sizes | self.learner.settings
 
     def _begun_with(self) -> dict[str, Any]:
         """By what the responses and the batch of an iteration were made, beyond the weights."""
