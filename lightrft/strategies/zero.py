@@ -114,7 +114,16 @@ class ZeRO(DeepSpeedStrategy):
 class DividedByZeRO(Replicated):
     """ZeRO behind the common surface."""
 
+    def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+        self._keep_in_step(module)
+        return super().setup(module, optimizer)
+
+    def _keep_in_step(self, module: Any) -> None:
+        # Stage 3 gathers a weight whenever its layer is called: a head that works in pieces, for each of them.
+        module.head_in_step = self.fabric.strategy.stage == 3
+
     def setup_frozen(self, module: nn.Module) -> Any:
+        self._keep_in_step(module)
         if self.fabric.strategy.stage == 3:
             engine = self.fabric.strategy.setup_module(module)
             engine.eval()

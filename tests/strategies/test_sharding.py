@@ -106,6 +106,26 @@ def test_the_norm_is_of_the_whole_gradient_and_clips_it(inputs: str, name: str) 
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
+# --- a head that works in pieces --------------------------------------------------------------------------------------
+
+
+def _in_pieces(inputs: str, name: str) -> tuple[float, dict[str, Tensor]]:
+    fabric, sharding = launched(name)
+    actor = new_actor(inputs)
+    actor.head_chunk_tokens = 2 if fabric.global_rank else 50  # many pieces on one rank, one on the other
+    module, optimizer = sharding.setup(actor, torch.optim.SGD(actor.parameters(), lr=1.0))
+    return train_step(sharding, module, optimizer), exported(actor)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_ranks_may_need_other_numbers_of_pieces_of_the_head(inputs: str, name: str) -> None:
+    norm, weights = on_ranks(2, _in_pieces, inputs, name)[0]
+    expected, whole_weights = on_ranks(2, _in_pieces, inputs, "ddp")[0]
+    assert norm == pytest.approx(expected, rel=1e-5)
+    for key, weight in whole_weights.items():
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5)
+
+
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
 
 
