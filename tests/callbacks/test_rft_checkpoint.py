@@ -24,7 +24,7 @@ from lightrft import checkpoint
 from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
 from lightrft.callbacks import RFTCheckpoint, WeightSync
-from lightrft.checkpoint import manifest
+from lightrft.strategies import state
 from lightrft.trainer import RFTTrainer
 
 Usage = namedtuple("Usage", "total used free")
@@ -97,11 +97,11 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, seen = threading.Event(), []
-    written = manifest.sums_of
+    write = state.write
 
-    def slowly(*arguments: Any) -> Any:
+    def slowly(*arguments: Any) -> None:
         assert go_on.wait(60)
-        return written(*arguments)
+        write(*arguments)
 
     class Watch(RFTCallback):
         def on_update_end(self, trainer: Any, pl_module: Any, outputs: dict[str, float]) -> None:
@@ -110,7 +110,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(
                 seen.append((saving.last_checkpoint, [path.name for path in saving._written]))
                 go_on.set()
 
-    monkeypatch.setattr(manifest, "sums_of", slowly)
+    monkeypatch.setattr(state, "write", slowly)
     whole = tiny_run.fit(inputs, tmp_path / "whole", [Watch(), tiny_run.checkpoints(max_keep=9)])
     assert seen[0] == (None, ["iteration-000001"])
     assert names(whole) == ["iteration-000001", "iteration-000002", "iteration-000003"]
