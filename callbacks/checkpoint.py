@@ -30,15 +30,17 @@ class RFTCheckpoint(CheckpointCallback):
         max_keep: newest checkpoints kept, besides the best; older ones of this run are deleted.
         monitor: metric by which one is the best, e.g. ``val/reward/mean``; ``None`` keeps none for that.
         mode: whether its largest or smallest value is best.
-        asynchronous: copy the state to host memory and write it while the loop goes on, one checkpoint at a time; a
-            failure stops the run at the next boundary. ``false`` waits for each.
 
     Attributes:
+        asynchronous: copy the state to host memory and write it while the loop goes on, one checkpoint at a time; a
+            failure stops the run at the next boundary. ``False``, in a subclass or on an object, waits for each.
         last_checkpoint: the newest complete one.
 
     Raises:
         ValueError: a number below 1, an unknown moment or mode.
     """
+
+    asynchronous: bool = True
 
     def __init__(
         self,
@@ -48,7 +50,6 @@ class RFTCheckpoint(CheckpointCallback):
         max_keep: int = 2,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
-        asynchronous: bool = True,
     ) -> None:
         if every_n_iterations < 1 or max_keep < 1:
             raise ValueError("RFTCheckpoint needs every_n_iterations and max_keep of at least 1.")
@@ -62,7 +63,6 @@ class RFTCheckpoint(CheckpointCallback):
         self.max_keep = max_keep
         self.monitor = monitor
         self.mode = mode
-        self.asynchronous = asynchronous
         self.last_checkpoint: Path | None = None
         self._written: list[Path] = []  # the one that is being written is the last
         self._best: Best | None = None

@@ -36,7 +36,7 @@ from lightrft.random_state import random_state, set_random_state
 from lightrft.refill import refill
 from lightrft.samples import Batch, Prompt, Rollout, Sampling
 from lightrft.scoring import Scoring
-from lightrft.strategies import Roles, check_roles, leave_together, make_fabric
+from lightrft.strategies import Roles, by_role, leave_together, make_fabric
 
 _NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for example:
   callbacks:
@@ -62,10 +62,10 @@ class RFTTrainer:
     Args:
         accelerator, devices, num_nodes: as for :class:`lightning.fabric.Fabric`.
         strategy: ``auto`` (one device, or ``ddp``), ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``, the last four
-            also with ``_offload``; or :class:`~lightrft.strategies.FSDP2`, :class:`~lightrft.strategies.ZeRO`.
+            also with ``_offload``; or :class:`~lightrft.strategies.FSDP2`, :class:`~lightrft.strategies.ZeRO`. For
+            models that take another, by ``default``, ``actor``, ``critic`` and ``reference``.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true`` (``auto`` and ``ddp``) or ``bf16-true``; the
             last keeps no float32 weights, and rounds away steps as small as those of RL.
-        strategies: by role (``actor``, ``critic``, ``reference``), for models that take another than ``strategy``.
         callbacks: subclasses of :class:`~lightrft.callback.RFTCallback`; exactly one must be a ``RolloutCallback``.
         logger: where metrics go; ``None`` is a ``metrics.csv`` under ``default_root_dir``, an empty list is nowhere.
         default_root_dir: folder of the run's artefacts.
@@ -89,11 +89,10 @@ class RFTTrainer:
     def __init__(
         self,
         accelerator: str | Accelerator = "auto",
-        strategy: str | Strategy = "auto",
+        strategy: str | Strategy | dict[str, str | Strategy] = "auto",
         devices: int | str | list[int] = "auto",
         num_nodes: int = 1,
         precision: str = "32-true",
-        strategies: dict[str, str | Strategy] | None = None,
         callbacks: list[RFTCallback] | None = None,
         logger: Logger | list[Logger] | None = None,
         default_root_dir: str = "runs",
@@ -109,8 +108,7 @@ class RFTTrainer:
         fast_dev_run: bool = False,
         seed: int | None = None,
     ) -> None:
-        self.strategies = strategies or {}
-        check_roles(self.strategies)
+        default, self._own_strategies = by_role(strategy)
         # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
         self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
         check_callbacks(self.callbacks)
@@ -135,7 +133,7 @@ class RFTTrainer:
             logger = CSVLogger(self.default_root_dir, name="", flush_logs_every_n_steps=1)
         loggers = [logger] if isinstance(logger, Logger) else logger
         self._devices: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
-        self.fabric = make_fabric(strategy, str(precision), loggers=[] if fast_dev_run else loggers, **self._devices)
+        self.fabric = make_fabric(default, str(precision), loggers=[] if fast_dev_run else loggers, **self._devices)
         self.precision = str(self.fabric.strategy.precision.precision)
         self._launched = False
         self._begin()
@@ -303,7 +301,7 @@ class RFTTrainer:
         fabric.seed_everything(self.seed, workers=True, verbose=False)
         self._check_world_size()
         self._tell_sizes()
-        roles = Roles(fabric, self.strategies, **self._devices)
+        roles = Roles(fabric, self._own_strategies, **self._devices)
         with roles.building():
             roles.default.together(self.model.configure_model)
         longest = self.model.context_tokens - self.rollout.sampling.max_new_tokens

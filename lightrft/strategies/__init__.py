@@ -9,7 +9,7 @@ from lightrft.strategies.half_precision import ScaledFloat16
 from lightrft.strategies.layout import Layout
 from lightrft.strategies.process_group import leave_together
 from lightrft.strategies.replicated import DDP
-from lightrft.strategies.roles import Roles, check_roles
+from lightrft.strategies.roles import Roles, by_role
 from lightrft.strategies.whole import gathered, whole
 from lightrft.strategies.zero import ZeRO
 
@@ -22,7 +22,7 @@ __all__ = [
     "ScaledFloat16",
     "Sharding",
     "ZeRO",
-    "check_roles",
+    "by_role",
     "gathered",
     "leave_together",
     "make_fabric",

@@ -131,7 +131,8 @@ def _one_rank_fails(inputs: str, root: str, asynchronous: bool) -> list[str]:
             return opened(path, mode, *args, **kwargs)
 
         Path.open = full  # type: ignore[method-assign]
-    saving = tiny_run.checkpoints(dirpath=f"{root}/saved", asynchronous=asynchronous)
+    saving = tiny_run.checkpoints(dirpath=f"{root}/saved")
+    saving.asynchronous = asynchronous
     with pytest.warns(UserWarning, match="iteration-000001"), pytest.raises(OSError) as caught:
         tiny_run.fit(Path(inputs), Path(root), [saving], devices=2)
     return [str(caught.value), *(path.name for path in Path(root, "saved").iterdir())]
@@ -275,7 +276,9 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_to_resume_from(
         pytest.warns(UserWarning, match=r"The run failed \(OSError\).*resume with --ckpt_path .*iteration-000001\b"),
         pytest.raises(OSError, match=r"iteration-000002 could not be written \(.*\); earlier ones are intact"),
     ):
-        tiny_run.fit(inputs, tmp_path, [FullDisk(every_n_iterations=1, asynchronous=asynchronous), passed])
+        saving = FullDisk(every_n_iterations=1)
+        saving.asynchronous = asynchronous
+        tiny_run.fit(inputs, tmp_path, [saving, passed])
     assert passed.passed == (2 if asynchronous else 1)  # the next boundary, or the same
     (folder,) = (tmp_path / "version_0" / "checkpoints").iterdir()  # nothing half-written is left
     assert folder.name == "iteration-000001" and checkpoint.find("last", [tmp_path]) == folder

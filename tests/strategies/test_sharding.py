@@ -252,3 +252,28 @@ def test_what_fails_on_one_rank_fails_on_all() -> None:
     one, two = on_ranks(2, _fails_on_one)
     assert one == "RuntimeError: Rank 1 failed with FileNotFoundError: no such folder"
     assert two == "FileNotFoundError: no such folder"
+
+
+# --- a strategy for each model ---------------------------------------------------------------------------------------
+
+
+def _by_model(inputs: str, root: str) -> tuple[set[str], dict[str, Tensor]]:
+    from lightrft.algorithms import Algorithm
+
+    strategy = {"default": "fsdp2", "critic": "zero2", "reference": "ddp"}
+    model = tiny_run.module(Path(inputs), Algorithm("ppo"))
+    trainer = tiny_run.trainer(Path(root), model=model, devices=2, strategy=strategy)
+    trainer.fit(model, tiny_run.data(Path(inputs)))
+    models = {"actor": model.actor, "critic": model.critic, "reference": model.reference}
+    sharded = {name for name, one in models.items() if any(isinstance(p, DTensor) for p in one.parameters())}
+    return sharded, exported(model.actor)
+
+
+def test_models_may_take_strategies_of_their_own(inputs: str, tmp_path: Path) -> None:
+    from lightrft.algorithms import Algorithm
+
+    sharded, weights = on_ranks(2, _by_model, inputs, str(tmp_path / "own"))[0]
+    assert sharded == {"actor"}
+    alone = tiny_run.fit(Path(inputs), tmp_path / "alone", model=tiny_run.module(Path(inputs), Algorithm("ppo")))
+    for name, weight in tiny_run.weights(alone).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)

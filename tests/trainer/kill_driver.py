@@ -31,7 +31,8 @@ class KillAfterSaving(RFTCheckpoint):
     """SIGKILL when the checkpoint of the n-th boundary is written."""
 
     def __init__(self, boundary: int, asynchronous: bool = False) -> None:
-        super().__init__(every_n_iterations=1, at="phase", asynchronous=asynchronous)
+        super().__init__(every_n_iterations=1, at="phase")
+        self.asynchronous = asynchronous
         self.boundary = boundary
 
     def on_phase_end(self, trainer: Any, pl_module: Any, phase: str) -> None:
