@@ -12,6 +12,7 @@ from torch import Tensor
 from lightrft.callback import RFTCallback
 from lightrft.engines import EngineError
 from lightrft.ops import Fingerprint, fingerprint, pack
+from lightrft.whereabouts import mark
 
 _PROBE_SEQUENCES, _PROBE_TOKENS = 2, 16
 # Nats: twice what an engine with 8-bit weights differs by; beyond it nothing is right, whatever the first sync says.
@@ -80,6 +81,7 @@ class WeightSync(RFTCallback):
         """The weights in the engine's dtype; what is handed over is what is remembered."""
         dtype = trainer.rollout.engine.dtype
         for name, tensor in pl_module.export_parameters():
+            mark()
             tensor = tensor.detach().to(dtype or tensor.dtype)
             if self.probe:
                 self._pushed[name] = fingerprint(tensor)

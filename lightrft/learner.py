@@ -16,6 +16,7 @@ from lightrft.ops import pack
 from lightrft.samples import Batch
 from lightrft.strategies import Layout, Roles
 from lightrft.trained import Trained
+from lightrft.whereabouts import mark
 from lightrft.workload import Workload
 
 _Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -121,11 +122,13 @@ class Learner:
     @torch.no_grad()
     def _evaluate(self, work: Workload, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """What ``model`` says of every trained token of this rank's rows, each float32 ``[B, T]`` on the host."""
+        mark("log-probs and values of the batch")
         parts = (part.to(self.fabric.device) for part in work.micro_batches)
         return work.collect([[values.cpu() for values in self._forward(part, model)] for part in parts])
 
     def _forward(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """What ``model`` says of every trained token, each ``[B, T]``, 0 outside the mask."""
+        mark()
         packed = pack(batch.sequences, batch.prompt_lengths, batch.response_mask)
         found = model(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
         return [packed.scatter(values) for values in found]
@@ -160,14 +163,17 @@ class Learner:
 
     def _train(self, trained: Trained, work: Workload, loss_of: _Loss) -> dict[str, float]:
         trained.module.train()
+        name = "actor" if trained is self.policy else "critic"
         metrics: dict[str, Tensor] = {}
         for number, part in enumerate(work.micro_batches, start=1):
+            mark(f"forward and backward of the {name}, micro-batch {number} of {len(work.micro_batches)}")
             with trained.sharding.accumulate(trained.module, last=number == len(work.micro_batches)):
                 loss, found = loss_of(part.to(self.fabric.device))
                 # Strategies average gradients over ranks; the algorithm's weights ask for the sum.
                 trained.sharding.backward(trained.module, loss * self.fabric.world_size)
             for name, value in found.items():
                 metrics[name] = _joined(name, metrics.get(name), value.double())
+        mark(f"metrics and step of the {name}")
         return self._over_ranks(metrics) | trained.step()
 
     def _policy_loss(self, temperature: float, totals: StepTotals, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:

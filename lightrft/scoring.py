@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightrft.analysis import Metrics, add_rollout_metrics
 from lightrft.rewards import Scorer
 from lightrft.samples import Rollout
+from lightrft.whereabouts import mark
 
 
 class Scoring:
@@ -44,6 +45,7 @@ class Scoring:
 
     def compute(self) -> dict[str, float]:
         """Counters (sums over ranks) and statistics of all that was scored. Collective."""
+        mark("metrics of the scored rollout")
         for name, count in self._counts.items():
             # A mean over ranks times their number is the sum over ranks.
             self._metrics.mean(f"{self.prefix}scoring/{name}", count * self.world_size)

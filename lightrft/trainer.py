@@ -37,6 +37,8 @@ from lightrft.refill import refill
 from lightrft.samples import Batch, Prompt, Rollout, Sampling
 from lightrft.scoring import Scoring
 from lightrft.strategies import Roles, by_role, leave_together, make_fabric
+from lightrft.watchdog import Watchdog
+from lightrft.whereabouts import mark
 
 _NO_ROLLOUT = """trainer.callbacks needs exactly one rollout callback, for example:
   callbacks:
@@ -81,6 +83,10 @@ class RFTTrainer:
         limit_val_prompts: validate on the first so many prompts; ``None`` is all.
         fast_dev_run: one iteration that writes nothing: does the configuration run?
         seed: of the whole run; ``None`` takes ``seed_everything``'s, else 0.
+        timeout_seconds: how long a rank may go without progress (a token, a score, a micro-batch, a hook, a weight
+            loaded into the engine) while it does not wait for one that has some; then all ranks end and say which one
+            hung, in what. One that dies or fails alone ends them at once. From set-up to the last barrier; ``None`` is
+            no watch. So set it above the longest single step: a model's loading, a checkpoint, a call of a reward.
 
     Raises:
         ValueError: sizes that do not divide, an unknown strategy, callbacks that do not fit; says what to set.
@@ -107,8 +113,10 @@ class RFTTrainer:
         limit_val_prompts: int | None = None,
         fast_dev_run: bool = False,
         seed: int | None = None,
+        timeout_seconds: float | None = 1800.0,
     ) -> None:
         default, self._own_strategies = by_role(strategy)
+        self._watchdog = Watchdog(timeout_seconds)
         # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
         self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
         check_callbacks(self.callbacks)
@@ -207,7 +215,9 @@ class RFTTrainer:
     def call(self, hook: str, **arguments: Any) -> None:
         """Announce a moment to every callback, in the order of the list."""
         for method in self._listening(hook, **arguments):
+            mark(getattr(method.func, "__qualname__", hook))
             method()
+        mark("")
 
     def _listening(self, hook: str, **arguments: Any) -> list[partial[None]]:
         if hook not in HOOKS:
@@ -266,6 +276,7 @@ class RFTTrainer:
         """
         check_validation_sampling(samples_per_prompt, temperature)
         with self._running(model, datamodule, "validate", ckpt_path):
+            self._watchdog.enter("validation", self.progress.iteration)
             metrics = self.evaluate(samples_per_prompt, temperature)
             self.fabric.log_dict(metrics, step=self.progress.iteration)
             for name, value in metrics.items():
@@ -279,16 +290,20 @@ class RFTTrainer:
         failure: BaseException | None = None
         try:
             self._set_up(stage, ckpt_path)
+            self._watchdog.take_over()
             yield
             leave_together(self.fabric)
+            self._watchdog.close()
         except BaseException as error:
             failure = error
+            self._watchdog.failed(error)
             _try_all(self._listening("on_exception", exception=error))
             raise
         finally:
             status = "failed" if failure else "success"
             closing: list[Callable[[], Any]] = [model.scorer.close]
             closing += [partial(logger.finalize, status) for logger in self.loggers]
+            closing += [self._watchdog.close]
             error_in_closing = _try_all([*self._listening("teardown", stage=stage), *closing])
             if error_in_closing and not failure:
                 raise error_in_closing
@@ -298,6 +313,7 @@ class RFTTrainer:
         if not self._launched:
             fabric.launch()
         self._launched = True
+        self._watchdog.start(fabric)
         fabric.seed_everything(self.seed, workers=True, verbose=False)
         self._check_world_size()
         self._tell_sizes()
@@ -356,6 +372,7 @@ class RFTTrainer:
     def _phase(self, name: Phase, work: Any, then: Phase) -> None:
         if self.should_stop:
             return
+        self._watchdog.enter(name, self.progress.iteration + 1)
         self.call("on_phase_start", phase=name)
         work()
         self.progress.phase = then
@@ -390,6 +407,7 @@ class RFTTrainer:
         self.call("on_engine_sleep")
 
     def _generate(self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, iteration: int) -> Rollout:
+        mark("sampling")
         return self.rollout.generate(
             prompts, samples_per_prompt=samples, run_seed=self.seed, iteration=iteration, sampling=sampling
         )
@@ -487,6 +505,7 @@ class RFTTrainer:
         return prompts
 
     def _stop_if_asked(self) -> None:
+        mark("agreeing on a stop")
         if not (signum := self._stop.agreed(self.fabric)):
             return
         self._stop.signum = signum

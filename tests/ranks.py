@@ -12,8 +12,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # Imported once in a server from which ranks are forked, before any thread of torch's exists there.
-_PRELOADED = ["lightrft.trainer", "lightrft.callbacks", "lightrft.lightning_modules", "transformers.models.qwen2"]
-_CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ["lightrft.trainer", "lightrft.callbacks", "lightrft.lightning_modules", "transformers.models.qwen2"]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -24,8 +25,7 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     Raises:
         AssertionError: a rank raised or died; with its traceback. The other ranks are ended.
     """
-    _CONTEXT.set_forkserver_preload(_PRELOADED)
-    port = _free_port()
+    port = free_port()
     ranks = [_Rank(rank, size, port, work, arguments) for rank in range(size)]
     try:
         while open_ones := [rank.results for rank in ranks if not rank.answer]:
@@ -40,9 +40,9 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 class _Rank:
     def __init__(self, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.rank = rank
-        self.results, sending = _CONTEXT.Pipe(duplex=False)
+        self.results, sending = CONTEXT.Pipe(duplex=False)
         self.answer: list[Any] = []
-        self._process = _CONTEXT.Process(target=_run, args=(sending, rank, size, port, work, arguments))
+        self._process = CONTEXT.Process(target=_run, args=(sending, rank, size, port, work, arguments))
         self._process.start()
         sending.close()
 
@@ -65,14 +65,9 @@ class _Rank:
 def _run(
     sending: Connection, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ |= {name: str(value) for name, value in places.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ |= {"DS_ACCELERATOR": "cpu"}
+    become(rank, size, port)
     try:
         answer = work(*arguments), None
     except BaseException:
@@ -83,7 +78,18 @@ def _run(
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def become(rank: int, size: int, port: int) -> None:
+    """Make this process what torchrun would have started as the rank."""
+    import torch
+
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"DS_ACCELERATOR": "cpu"}
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -17,6 +17,7 @@ from transformers import (
 
 from lightrft.engines.group import EngineGroup
 from lightrft.samples import Sampling
+from lightrft.whereabouts import mark
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
@@ -97,6 +98,7 @@ class SeededDraw(LogitsProcessor):
         self._group = group
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        mark()
         step = input_ids.shape[1] - self._prompt_tokens
         log_probs = scores.float().log_softmax(-1)
         token = self._group.first(inverse_cdf(log_probs, self._uniforms[:, step]))[:, None]

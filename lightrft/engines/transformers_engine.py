@@ -28,6 +28,7 @@ from lightrft.engines.tensor_parallel import place, without_parameters
 from lightrft.engines.weights import Weights
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
+from lightrft.whereabouts import mark
 
 # Logits of a scoring pass held at once: 1 GiB in float32.
 _SCORED_LOGITS = 1 << 28
@@ -297,6 +298,7 @@ class TransformersEngine(Engine):
         # Padded on the right, where causal models need no mask: what follows a token does not reach it.
         padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=self._pad_id)
         token_ids = padded.to(self._device)
+        mark()
         with self._computing():
             logits = self._model(input_ids=token_ids, use_cache=False).logits
             return [

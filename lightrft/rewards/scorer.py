@@ -13,6 +13,7 @@ import torch
 from lightrft.rewards.base import Reward, RewardInput
 from lightrft.rewards.recipes import BUILT_IN, Component, check_recipe
 from lightrft.samples import Prompt, Response, Rollout
+from lightrft.whereabouts import mark
 
 NoScorePolicy = Literal["raise", "drop_response", "drop_group"]
 
@@ -150,6 +151,7 @@ class Scorer:
 
     def _ask(self, reward: Reward, scored: list[_Scored]) -> list[_Answer]:
         """What the reward answers to each. One call for all; one by one where the reward itself does just that."""
+        mark(f"scores of {type(reward).__name__}")
         items = [RewardInput.of(one.prompt, one.response) for one in scored]
         if type(reward).score_all is Reward.score_all:
             answers = [_score_one(reward, item) for item in items]
@@ -224,6 +226,8 @@ def _score_one(reward: Reward, item: RewardInput) -> _Answer:
         return _as_answer(reward.score(item))
     except Exception as error:
         return error
+    finally:
+        mark()
 
 
 def _score_batch(reward: Reward, items: list[RewardInput]) -> list[_Answer]:

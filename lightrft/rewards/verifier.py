@@ -17,6 +17,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+from lightrft.whereabouts import mark
+
 _PROGRAM = Path(__file__).with_name("verify_worker.py")
 _MEMORY_BYTES = 1 << 30
 _RETIRE_BYTES = _MEMORY_BYTES // 2  # a worker past this is replaced after its answer
@@ -108,6 +110,7 @@ class Verifier:
         expected = [worker for worker in self._running if worker.jobs or not worker.ready]
         remaining = min(worker.deadline for worker in expected) - time.monotonic()
         heard = wait([worker.output.fileno() for worker in expected], max(0.0, remaining))
+        mark()
         for worker in expected:
             alive = worker.receive(verdicts) if worker.output.fileno() in heard else worker.in_time(verdicts)
             if not alive:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from lightrft.strategies.base import Sharding
 from lightrft.strategies.choice import STRATEGIES, make_fabric, sharding_of
+from lightrft.strategies.flight_recorder import unfinished_collective
 from lightrft.strategies.fully_sharded import FSDP2
 from lightrft.strategies.half_precision import ScaledFloat16
 from lightrft.strategies.layout import Layout
-from lightrft.strategies.process_group import leave_together
+from lightrft.strategies.process_group import leave_together, let_collectives_last
 from lightrft.strategies.replicated import DDP
 from lightrft.strategies.roles import Roles, by_role
 from lightrft.strategies.whole import gathered, whole
@@ -25,7 +26,9 @@ __all__ = [
     "by_role",
     "gathered",
     "leave_together",
+    "let_collectives_last",
     "make_fabric",
     "sharding_of",
+    "unfinished_collective",
     "whole",
 ]

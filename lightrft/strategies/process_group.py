@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,13 @@ TIMEOUT = 1800.0  # seconds, torch's own for gloo
 def backend_for(device: torch.device) -> str:
     """Both backends where there is a GPU: what lies on the host (offloaded shards, checkpoints) travels by gloo."""
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def let_collectives_last(seconds: float) -> None:
+    """Put the timeouts of all process groups there are to ``seconds``."""
+    groups = dist.distributed_c10d
+    for group in list(groups._world.pg_map) if dist.is_initialized() else []:
+        groups._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def leave_together(fabric: Fabric) -> None:

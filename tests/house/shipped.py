@@ -23,6 +23,7 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = {
     "lightrft": 0,
     "lightrft.samples": 0,
+    "lightrft.whereabouts": 0,
     "lightrft.algorithms": 1,
     "lightrft.ops": 1,
     "lightrft.analysis": 2,
@@ -40,6 +41,8 @@ FLOORS = {
     "lightrft.scoring": 3,
     "lightrft.trained": 3,
     "lightrft.trainer": 3,
+    "lightrft.verdicts": 3,
+    "lightrft.watchdog": 3,
     "lightrft.workload": 3,
     "lightrft.callbacks": 4,
     "lightrft.lightning_modules": 4,
