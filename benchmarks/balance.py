@@ -185,7 +185,8 @@ forwards and backwards, where the time goes, are done where they balance best: a
 same plan, and rows travel there, losses and gradients staying those of the undivided step ([grid](grid.md)). A run logs
 `balance/busiest_over_mean` with every update.
 
-A sequence of L tokens costs `L + a L²`: linear layers, and attention. Micro-batches within
+A packed sequence of L tokens costs `L + a L²`: linear layers, and attention (padding, with `packing: false`, comes on
+top and is not counted). Micro-batches within
 `trainer.tokens_per_microbatch` are made by [`lightrft/ops/balance.py`](../lightrft/ops/balance.py): the longest row
 first to the micro-batch that lacks most, then exchanges between the fullest and the emptiest. Ranks that shard a model
 wait for each other in every micro-step, so micro-batches of like cost run at the same time, and micro-steps that a

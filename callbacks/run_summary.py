@@ -18,13 +18,15 @@ class RunSummary(RFTCallback):
     ``tokens_per_second`` and ``artefacts``; ``null`` is what was not measured. It reads the run's ``Validation`` and
     ``Throughput`` callbacks.
 
-    Args:
-        accuracy: the validation metric that is shown as accuracy, without ``val/``.
+    Attributes:
+        accuracy: the validation metric that is shown as accuracy, without ``val/``; a subclass may name another.
     """
 
-    def __init__(self, accuracy: str = "reward/mean") -> None:
-        self.accuracy = accuracy
-        self._name = f"val/{accuracy}"
+    accuracy: str = "reward/mean"
+
+    @property
+    def _name(self) -> str:
+        return f"val/{self.accuracy}"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse before training where there will be nothing to sum up.
@@ -47,7 +49,7 @@ class RunSummary(RFTCallback):
         if first and self._name not in first and first["val/dropped_fraction"] < 1:
             names = ", ".join(sorted(name.removeprefix("val/") for name in first))
             raise ValueError(
-                f"RunSummary.accuracy={self.accuracy!r} is not measured by validation; use one of {names}."
+                f"{type(self).__name__}.accuracy={self.accuracy!r} is not measured by validation; use one of {names}."
             )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

@@ -31,12 +31,13 @@ class WeightSync(RFTCallback):
     a wrong name, a stale cache or other arithmetic is seen; their tolerance is calibrated at the first sync. Both run
     each time that the engine wakes, pushed to or not: what it held may have been lost while it slept.
 
-    Args:
-        probe: ``false`` switches both parts off.
+    Attributes:
+        probe: ``False``, in a subclass or on an object, switches both parts off.
     """
 
-    def __init__(self, probe: bool = True) -> None:
-        self.probe = probe
+    probe: bool = True
+
+    def __init__(self) -> None:
         self.calibrated: float | None = None
         self._version = -1
         self._pushed: dict[str, Fingerprint] = {}

@@ -62,7 +62,8 @@ class SequenceParallel:
             if name in given:
                 given[name] = given[name].index_select(axis, own)
         if given.keys() >= set(_DEEPSTACK):
-            given |= _cut_deepstack(*(given[name] for name in _DEEPSTACK), own)
+            mask, features = (given[name] for name in _DEEPSTACK)
+            given |= _cut_deepstack(mask, features, own)
         if share * self.degree > tokens:
             given["cu_seq_lens_q"] = functional.pad(cu_seqlens, (0, 1), value=share * self.degree)
         return (), kwargs | given | {"sequence_group": self.group}

@@ -151,8 +151,12 @@ class RFTModule(LightningModule):
         return self.actor.export_parameters()
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder."""
+        """Write the policy as a Hugging Face folder. On all ranks together; the first one writes."""
         self.actor.save_pretrained(folder)
+
+    def save_settings(self, folder: Path) -> None:
+        """Write what a Hugging Face folder of the policy holds besides weights."""
+        self.actor.save_settings(folder)
 
 
 def _width(config: Any) -> int:

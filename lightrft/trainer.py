@@ -36,7 +36,7 @@ from lightrft.random_state import random_state, set_random_state
 from lightrft.refill import refill
 from lightrft.samples import Batch, Prompt, Rollout, Sampling
 from lightrft.scoring import Scoring
-from lightrft.strategies import Roles, check_roles, launch, leave_together, make_fabric
+from lightrft.strategies import Roles, by_role, launch, leave_together, make_fabric
 from lightrft.watchdog import Watchdog
 from lightrft.whereabouts import mark
 
@@ -64,10 +64,10 @@ class RFTTrainer:
     Args:
         accelerator, devices, num_nodes: as for :class:`lightning.fabric.Fabric`.
         strategy: ``auto`` (one device, or ``ddp``), ``ddp``, ``fsdp2``, ``zero1``, ``zero2``, ``zero3``, the last four
-            also with ``_offload``; or :class:`~lightrft.strategies.FSDP2`, :class:`~lightrft.strategies.ZeRO`.
+            also with ``_offload``; or :class:`~lightrft.strategies.FSDP2`, :class:`~lightrft.strategies.ZeRO`. For
+            models that take another, by ``default``, ``actor``, ``critic`` and ``reference``.
         precision: ``32-true``, ``bf16-mixed``, ``16-mixed``, ``64-true`` (``auto`` and ``ddp``) or ``bf16-true``; the
             last keeps no float32 weights, and rounds away steps as small as those of RL.
-        strategies: by role (``actor``, ``critic``, ``reference``), for models that take another than ``strategy``.
         callbacks: subclasses of :class:`~lightrft.callback.RFTCallback`; exactly one must be a ``RolloutCallback``.
         logger: where metrics go; ``None`` is a ``metrics.csv`` under ``default_root_dir``, an empty list is nowhere.
         default_root_dir: folder of the run's artefacts.
@@ -95,11 +95,10 @@ class RFTTrainer:
     def __init__(
         self,
         accelerator: str | Accelerator = "auto",
-        strategy: str | Strategy = "auto",
+        strategy: str | Strategy | dict[str, str | Strategy] = "auto",
         devices: int | str | list[int] = "auto",
         num_nodes: int = 1,
         precision: str = "32-true",
-        strategies: dict[str, str | Strategy] | None = None,
         callbacks: list[RFTCallback] | None = None,
         logger: Logger | list[Logger] | None = None,
         default_root_dir: str = "runs",
@@ -116,9 +115,8 @@ class RFTTrainer:
         seed: int | None = None,
         timeout_seconds: float | None = 1800.0,
     ) -> None:
+        default, self._own_strategies = by_role(strategy)
         self._watchdog = Watchdog(timeout_seconds)
-        self.strategies = strategies or {}
-        check_roles(self.strategies)
         # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
         self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
         check_callbacks(self.callbacks)
@@ -143,7 +141,7 @@ class RFTTrainer:
             logger = CSVLogger(self.default_root_dir, name="", flush_logs_every_n_steps=1)
         loggers = [logger] if isinstance(logger, Logger) else logger
         self._devices: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
-        self.fabric = make_fabric(strategy, str(precision), loggers=[] if fast_dev_run else loggers, **self._devices)
+        self.fabric = make_fabric(default, str(precision), loggers=[] if fast_dev_run else loggers, **self._devices)
         self.precision = str(self.fabric.strategy.precision.precision)
         self._begin()
 
@@ -172,6 +170,11 @@ class RFTTrainer:
         """Optimizer steps an iteration."""
         responses = self.prompts_per_iteration * self.samples_per_prompt
         return responses // self.responses_per_update * self.epochs_per_iteration
+
+    @property
+    def shares_per_iteration(self) -> int:
+        """Parts of a rollout that an optimizer step sees."""
+        return self.updates_per_iteration // self.epochs_per_iteration
 
     @property
     def is_global_zero(self) -> bool:
@@ -230,8 +233,9 @@ class RFTTrainer:
         Args:
             model: joins actor, algorithm and rewards.
             datamodule: prompts.
-            ckpt_path: a checkpoint folder to resume from exactly, or ``last`` for the newest under
-                ``default_root_dir``.
+            ckpt_path: a checkpoint folder to resume from exactly; ``last`` for the newest under
+                ``default_root_dir``, or ``best`` for what was best by ``RFTCheckpoint.monitor``. Another number of
+                ranks and another strategy may resume.
 
         Raises:
             ValueError: the configuration cannot work; raised before any training.
@@ -310,7 +314,7 @@ class RFTTrainer:
         fabric.seed_everything(self.seed, workers=True, verbose=False)
         self._check_world_size()
         self._tell_sizes()
-        roles = Roles(fabric, self.strategies, **self._devices)
+        roles = Roles(fabric, self._own_strategies, **self._devices)
         with roles.building():
             roles.default.together(self.model.configure_model)
         longest = self.model.context_tokens - self.rollout.sampling.max_new_tokens
@@ -374,7 +378,7 @@ class RFTTrainer:
 
     def _roll_out(self) -> None:
         # Taken one update's share at a time, so that an update sees the same responses on any number of ranks.
-        shares = self.updates_per_iteration // self.epochs_per_iteration
+        shares = self.shares_per_iteration
         prompts = [p for _ in range(shares) for p in self.prompts.take(self.prompts_per_iteration // shares)]
         self.samples = self.sample(prompts)
 
@@ -523,7 +527,6 @@ class RFTTrainer:
             "schedulers": {
                 name: one.scheduler.state_dict() for name, one in self.learner.trained.items() if one.scheduler
             },
-            "loss_scales": {name: one.sharding.precision.state_dict() for name, one in self.learner.trained.items()},
             "algorithm": self.model.algorithm.state_dict(),
             "callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks},
             "random": random_state(),
@@ -533,8 +536,8 @@ class RFTTrainer:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or another
-                number of ranks, or, from inside an iteration, another algorithm or sampling.
+            ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or, from
+                inside an iteration, another algorithm or sampling.
         """
         _check_same(state["run"], self._identity(), "set it back, or start anew")
         if state["samples"]:
@@ -547,18 +550,17 @@ class RFTTrainer:
         self.prompts.load_state_dict(state["prompts"])
         for name, scheduler in state["schedulers"].items():
             self.learner.trained[name].scheduler.load_state_dict(scheduler)
-        for name, scale in state["loss_scales"].items():
-            self.learner.trained[name].sharding.precision.load_state_dict(scale)
         self.model.algorithm.load_state_dict(state["algorithm"])
         for callback in self.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
-        set_random_state(state["random"])
+        if state["random"] is not None:
+            set_random_state(state["random"])
 
     def _identity(self) -> dict[str, Any]:
         names = ("seed", "prompts_per_iteration", "samples_per_prompt", "responses_per_update", "epochs_per_iteration")
         sizes = {name: getattr(self, name) for name in names}
-        return sizes | self.learner.settings | {"ranks": self.fabric.world_size}
+        return sizes | self.learner.settings
 
     def _begun_with(self) -> dict[str, Any]:
         """By what the responses and the batch of an iteration were made, beyond the weights."""

@@ -61,11 +61,11 @@ def read_record(raw: Any, source: PromptSource, folder: Path = Path()) -> Record
     else:
         text, reference = _input(raw, source.input_key), _reference(raw, source.reference_key)
         used = {source.input_key, source.reference_key}
-    media = Media(**{kind: _media(raw, key, folder) for kind, key in source.media_keys.items()})
-    _match_placeholders(text, media, source.media_keys)
+    media = Media(**{kind: _media(raw, key, folder) for kind, key in source.keys_of_media.items()})
+    _match_placeholders(text, media, source.keys_of_media)
     if source.label is None:
         used.add(source.label_key)
-    used.update(source.media_keys.values())
+    used.update(source.keys_of_media.values())
     return Record(
         input=text,
         reference=reference,

@@ -124,6 +124,9 @@ class DataSource:
             ) from error
 
 
+MEDIA_KINDS = ("images", "audios", "videos")
+
+
 @dataclass
 class PromptSource(DataSource):
     """Prompts, each with what its rewards need. A dotted key reaches into nested records (``extra_info.level``).
@@ -134,11 +137,10 @@ class PromptSource(DataSource):
             ``reward_model.ground_truth``, else ``ground_truth``, else none.
         label_key: name of the reward recipe; falls back to the same key in ``extra_info``, else none.
         label: one reward recipe for all records, instead of ``label_key``.
-        images_key: a path, bytes, a data URI, or a list of these, one for each ``<image>`` of the input, in order; a
-            relative path is looked up beside the data, then in the working directory. ``null`` leaves the column
-            alone and makes ``<image>`` ordinary text.
-        audios_key: the same for ``<audio>``.
-        videos_key: the same for ``<video>``.
+        media_keys: for the kinds ``images``, ``audios`` and ``videos`` the key that holds them, where it is not the
+            kind's own name: a path, bytes, a data URI, or a list of these, one for each ``<image>`` (``<audio>``,
+            ``<video>``) of the input, in order; a relative path is looked up beside the data, then in the working
+            directory. ``null`` for a kind leaves the column alone and makes ``<image>`` ordinary text.
         format: ``gsm8k`` takes ``question``, and as reference what follows ``####`` in ``answer``, without commas.
 
     Raises:
@@ -149,13 +151,13 @@ class PromptSource(DataSource):
     reference_key: str = "reference"
     label_key: str = "label"
     label: str | None = None
-    images_key: str | None = "images"
-    audios_key: str | None = "audios"
-    videos_key: str | None = "videos"
+    media_keys: dict[str, str | None] | None = None
     format: Literal["gsm8k"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if unknown := set(self.media_keys or {}) - set(MEDIA_KINDS):
+            raise ValueError(f"{self.name}: media_keys has {min(unknown)!r}; kinds are {', '.join(MEDIA_KINDS)}.")
         if self.label is not None and self.label_key != "label":
             raise ValueError(f"{self.name}: label makes label_key {self.label_key!r} ineffective; give one of them.")
         if self.format is not None and (self.input_key, self.reference_key) != ("input", "reference"):
@@ -166,9 +168,9 @@ class PromptSource(DataSource):
         return (self.input_key, self.reference_key, self.label_key, "ground_truth", "question", "answer")
 
     @property
-    def media_keys(self) -> dict[str, str]:
+    def keys_of_media(self) -> dict[str, str]:
         """Media kind (``images``) to the key that holds it, without the kinds that are switched off."""
-        keys = {"images": self.images_key, "audios": self.audios_key, "videos": self.videos_key}
+        keys = {kind: kind for kind in MEDIA_KINDS} | (self.media_keys or {})
         return {kind: key for kind, key in keys.items() if key is not None}
 
 

@@ -11,7 +11,7 @@ from lightrft.strategies.launch import launch
 from lightrft.strategies.layout import Layout
 from lightrft.strategies.process_group import leave_together, let_collectives_last
 from lightrft.strategies.replicated import DDP
-from lightrft.strategies.roles import Roles, check_roles
+from lightrft.strategies.roles import Roles, by_role
 from lightrft.strategies.whole import gathered, whole
 from lightrft.strategies.zero import ZeRO
 
@@ -24,7 +24,7 @@ __all__ = [
     "ScaledFloat16",
     "Sharding",
     "ZeRO",
-    "check_roles",
+    "by_role",
     "gathered",
     "launch",
     "leave_together",

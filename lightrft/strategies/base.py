@@ -14,6 +14,9 @@ from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightrft.strategies import state
+from lightrft.strategies.state import State
+
 
 class Sharding:
     """How models, optimizers and their state lie over ranks.
@@ -114,10 +117,25 @@ class Sharding:
         """
         raise NotImplementedError
 
-    def save(self, folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
-        """Write weights and optimizer state into ``folder``, on all ranks together."""
-        raise NotImplementedError
+    def snapshot(self, module: Any, optimizer: Any) -> State:
+        """This rank's part of the state of what :meth:`setup` returned, copied to host memory. Collective.
 
-    def load(self, folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
-        """Read what :meth:`save` wrote; ``optimizer=None`` reads the weights alone."""
-        raise NotImplementedError
+        Each tensor is in the part of one rank, or divided over all; :func:`lightrft.strategies.state.write` makes a
+        folder of the parts.
+        """
+        return state.snapshot(module.module, optimizer, self.precision.state_dict())
+
+    def load(self, folder: Path, module: Any, optimizer: Any | None) -> None:
+        """Read what any strategy wrote on any number of ranks; ``optimizer=None`` reads the weights alone. Collective.
+
+        Raises:
+            ValueError: the weights or the optimizer's parameters are others.
+        """
+        scaler = state.restore(folder, module.module, optimizer, self.precision.state_dict())
+        if optimizer is not None:
+            self.precision.load_state_dict(scaler)
+
+    def state_bytes(self, module: nn.Module) -> int:
+        """What :meth:`snapshot` of all ranks takes: weights, and two moments of each trained one in Adam."""
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
+        return sum(size * (3 if trained else 1) for size, trained in sizes)

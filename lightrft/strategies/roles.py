@@ -39,8 +39,18 @@ class Roles:
         return nullcontext() if self._own else self.default.building()
 
 
-def check_roles(own: dict[str, str | Strategy]) -> None:
-    """Raise ``ValueError`` for a role that no model has."""
+def by_role(strategy: str | Strategy | dict[str, str | Strategy]) -> tuple[str | Strategy, dict[str, str | Strategy]]:
+    """The run's strategy, and those of models that take another.
+
+    Raises:
+        ValueError: no ``default``, or a role that no model has.
+    """
+    if not isinstance(strategy, dict):
+        return strategy, {}
+    own = {role: one for role, one in strategy.items() if role != "default"}
     for role in own:
         if role not in ROLES:
-            raise ValueError(f"trainer.strategies names {role!r}; models are {', '.join(ROLES)}.")
+            raise ValueError(f"trainer.strategy names {role!r}; models are {', '.join(ROLES)}, beside default.")
+    if "default" not in strategy:
+        raise ValueError("trainer.strategy by models needs default: the strategy of those that it does not name.")
+    return strategy["default"], own

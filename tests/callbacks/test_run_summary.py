@@ -45,8 +45,11 @@ def test_without_the_callbacks_it_reads_it_is_refused(inputs: Path, tmp_path: Pa
 
 
 def test_an_accuracy_that_is_not_measured_is_refused_before_the_first_iteration(inputs: Path, tmp_path: Path) -> None:
-    trainer = tiny_run.trainer(tmp_path, [RunSummary("accuracy/mean")])
-    with pytest.raises(ValueError, match=r"RunSummary\.accuracy='accuracy/mean' .* use one of .*reward/shortness/mean"):
+    class OfAccuracy(RunSummary):
+        accuracy = "accuracy/mean"
+
+    trainer = tiny_run.trainer(tmp_path, [OfAccuracy()])
+    with pytest.raises(ValueError, match=r"OfAccuracy\.accuracy='accuracy/mean' .* use one of .*reward/shortness/mean"):
         trainer.fit(tiny_run.module(inputs), tiny_run.data(inputs))
     assert trainer.progress.phase == "rollout" and trainer.progress.iteration == 0
 

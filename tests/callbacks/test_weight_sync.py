@@ -21,6 +21,10 @@ Named = list[tuple[str, Tensor]]
 VICTIM = "model.layers.1.self_attn.q_proj.weight"
 
 
+class Unprobed(WeightSync):
+    probe = False
+
+
 class Faulty(TransformersEngine):
     """Takes the first weights whole; what of the later ones arrives is up to ``fault``."""
 
@@ -133,7 +137,7 @@ def test_a_sound_engine_passes_in_either_dtype(inputs: Path, tmp_path: Path) -> 
 
 
 def test_without_the_probe_the_same_fault_passes_unseen(inputs: Path, tmp_path: Path) -> None:
-    trainer = run(inputs, tmp_path, Faulty(skipped), WeightSync(probe=False))
+    trainer = run(inputs, tmp_path, Faulty(skipped), Unprobed())
     assert trainer.progress.iteration == 3 and trainer.progress.weight_version == 3
     assert "weight_sync/mismatch_nats" not in trainer.callback_metrics
 
@@ -150,7 +154,7 @@ def test_a_sync_that_does_not_reach_the_engine_is_refused_before_sampling(inputs
                 super().update_weights(tensors, version)
 
     with pytest.raises(StaleWeightsError, match=r"holds weight version 0, the trainer is at 1"):
-        run(inputs, tmp_path, Deaf(), WeightSync(probe=False))
+        run(inputs, tmp_path, Deaf(), Unprobed())
 
 
 # Log-probs

@@ -293,7 +293,7 @@ def test_yaml_builds_prompts_from_one_source_and_from_a_list() -> None:
             train:
               - {path: a.jsonl, probability: 0.75, label: rule}
               - {path: openai/gsm8k, subset: main, probability: 0.25, format: gsm8k}
-            val: {path: v.parquet, images_key: null}
+            val: {path: v.parquet, media_keys: {images: null}}
             on_bad_record: skip
         """
     )
@@ -301,7 +301,7 @@ def test_yaml_builds_prompts_from_one_source_and_from_a_list() -> None:
         Source("a.jsonl", probability=0.75, label="rule"),
         Source("openai/gsm8k", subset="main", probability=0.25, format="gsm8k"),
     ]
-    assert data.val == [PromptSource("v.parquet", images_key=None)]
+    assert data.val == [PromptSource("v.parquet", media_keys={"images": None})]
     assert data.on_bad_record == "skip"
 
 

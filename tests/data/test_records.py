@@ -165,7 +165,7 @@ def test_placeholders_become_parts_with_the_text_between_them_and_nothing_else()
 
 
 def test_a_kind_of_media_that_is_switched_off_is_ordinary_text() -> None:
-    record = read({"input": "What does <video> do in HTML?", "videos": "x"}, videos_key=None)
+    record = read({"input": "What does <video> do in HTML?", "videos": "x"}, media_keys={"videos": None})
     assert (record.media.videos, record.columns) == ((), {"videos": "x"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -56,11 +57,14 @@ def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def check_attention(group: Any, heads: int, kv_heads: int, window: int | None, width: int, dtype: torch.dtype) -> None:
-    total, bounds = sum(LENGTHS), torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+def check_attention(
+    group: Any, heads: int, kv_heads: int, window: int | None, width: int, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    total, bounds = sum(LENGTHS), torch.tensor([0, *LENGTHS]).cumsum(0).to(device, torch.int32)
     *inputs, weight = drawn(
         (total, heads, 8), (total, kv_heads, 8), (total, kv_heads, width), (total, heads, width), dtype=dtype
     )
+    *inputs, weight = (x.detach().to(device).requires_grad_() for x in (*inputs, weight))
     expected = varlen_attention(*inputs, bounds, scale=0.3, window=window)
     gradients = torch.autograd.grad((expected * weight).sum(), inputs)
     rank, degree = dist.get_rank(group), dist.get_world_size(group)
@@ -98,6 +102,23 @@ def test_a_row_on_1_2_and_4_ranks_equals_the_whole_row() -> None:
     on_ranks(RANKS, on_slices, (1, 2, 4))
 
 
+def on_gpus() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    group = Layout(2, dist.get_rank(), 2).mesh("cuda").get_group("sequence")
+    for kv_heads, window in itertools.product((1, 2, 4), (None, 4)):
+        check_attention(group, 4, kv_heads, window, 8, torch.bfloat16, "cuda")
+    part = torch.ones(3, device="cuda", requires_grad=True)
+    assert sum_of_parts(part, group).tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.gpu
+def test_the_gpu_kernel_and_nccl_give_the_whole_row_too() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    on_ranks(2, on_gpus)
+
+
 def test_heads_that_cannot_be_shared_out_are_refused_with_the_numbers() -> None:
     check_heads(12, 4)
     with pytest.raises(ValueError, match=r"14 attention heads .* 4 ranks; .*sequence_parallel_size .*\(1, 2, 7, 14\)"):
@@ -106,5 +127,5 @@ def test_heads_that_cannot_be_shared_out_are_refused_with_the_numbers() -> None:
 
 @pytest.mark.parametrize("degree", [0, 3, 8])
 def test_a_degree_that_does_not_divide_the_ranks_is_refused_with_the_numbers(degree: int) -> None:
-    with pytest.raises(ValueError, match=rf"sequence_parallel_size={degree} .* 4 ranks .*"):
+    with pytest.raises(ValueError, match=rf"sequence_parallel_size={degree} .* 4 rank.* divisor"):
         Layout(4, 0, degree)

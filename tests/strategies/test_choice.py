@@ -16,7 +16,7 @@ from lightning.fabric.strategies import (
     SingleDeviceStrategy,
 )
 
-from lightrft.strategies import DDP, FSDP2, STRATEGIES, ScaledFloat16, ZeRO, check_roles, make_fabric
+from lightrft.strategies import DDP, FSDP2, STRATEGIES, ScaledFloat16, ZeRO, by_role, make_fabric
 
 
 def fabric(strategy: Any, precision: str = "32-true", devices: int = 2) -> Fabric:
@@ -138,6 +138,9 @@ def test_fsdp2_refuses_replicas_below_one() -> None:
 
 
 def test_a_role_that_no_model_has_is_refused() -> None:
-    check_roles({"critic": "ddp"})
+    assert by_role("fsdp2") == ("fsdp2", {})
+    assert by_role({"default": "fsdp2", "critic": "ddp"}) == ("fsdp2", {"critic": "ddp"})
     with pytest.raises(ValueError, match="'reward'; models are actor, critic, reference"):
-        check_roles({"reward": "ddp"})
+        by_role({"default": "ddp", "reward": "ddp"})
+    with pytest.raises(ValueError, match="needs default"):
+        by_role({"critic": "ddp"})

@@ -106,6 +106,26 @@ def test_the_norm_is_of_the_whole_gradient_and_clips_it(inputs: str, name: str) 
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
+# --- a head that works in pieces --------------------------------------------------------------------------------------
+
+
+def _in_pieces(inputs: str, name: str) -> tuple[float, dict[str, Tensor]]:
+    fabric, sharding = launched(name)
+    actor = new_actor(inputs)
+    actor.head_chunk_tokens = 2 if fabric.global_rank else 50  # many pieces on one rank, one on the other
+    module, optimizer = sharding.setup(actor, torch.optim.SGD(actor.parameters(), lr=1.0))
+    return train_step(sharding, module, optimizer), exported(actor)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_ranks_may_need_other_numbers_of_pieces_of_the_head(inputs: str, name: str) -> None:
+    norm, weights = on_ranks(2, _in_pieces, inputs, name)[0]
+    expected, whole_weights = on_ranks(2, _in_pieces, inputs, "ddp")[0]
+    assert norm == pytest.approx(expected, rel=1e-5)
+    for key, weight in whole_weights.items():
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5)
+
+
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
 
 
@@ -232,3 +252,28 @@ def test_what_fails_on_one_rank_fails_on_all() -> None:
     one, two = on_ranks(2, _fails_on_one)
     assert one == "RuntimeError: Rank 1 failed with FileNotFoundError: no such folder"
     assert two == "FileNotFoundError: no such folder"
+
+
+# --- a strategy for each model ---------------------------------------------------------------------------------------
+
+
+def _by_model(inputs: str, root: str) -> tuple[set[str], dict[str, Tensor]]:
+    from lightrft.algorithms import Algorithm
+
+    strategy = {"default": "fsdp2", "critic": "zero2", "reference": "ddp"}
+    model = tiny_run.module(Path(inputs), Algorithm("ppo"))
+    trainer = tiny_run.trainer(Path(root), model=model, devices=2, strategy=strategy)
+    trainer.fit(model, tiny_run.data(Path(inputs)))
+    models = {"actor": model.actor, "critic": model.critic, "reference": model.reference}
+    sharded = {name for name, one in models.items() if any(isinstance(p, DTensor) for p in one.parameters())}
+    return sharded, exported(model.actor)
+
+
+def test_models_may_take_strategies_of_their_own(inputs: str, tmp_path: Path) -> None:
+    from lightrft.algorithms import Algorithm
+
+    sharded, weights = on_ranks(2, _by_model, inputs, str(tmp_path / "own"))[0]
+    assert sharded == {"actor"}
+    alone = tiny_run.fit(Path(inputs), tmp_path / "alone", model=tiny_run.module(Path(inputs), Algorithm("ppo")))
+    for name, weight in tiny_run.weights(alone).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5)

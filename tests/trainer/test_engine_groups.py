@@ -29,8 +29,9 @@ CASES = {"dapo": tiny_run.shortness_of_odd_sums, "remax": tiny_run.shortness}
 
 
 def callbacks(engine: Engine, level: Any = 2, probe: bool = True) -> list[RFTCallback]:
-    sleep = EngineSleepWake(level)
-    return [tiny_run.sampler(engine), WeightSync(probe), sleep, Throughput(), Validation(2), TrajectoryWriter(1, True)]
+    sleep, sync = EngineSleepWake(level), WeightSync()
+    sync.probe = probe
+    return [tiny_run.sampler(engine), sync, sleep, Throughput(), Validation(2), TrajectoryWriter(1, True)]
 
 
 def model_of(inputs: Path, name: str) -> RFTModule:
