@@ -187,9 +187,6 @@ class ActorModule(LanguageBackbone):
                 "accumulate_grad_batches weights every batch alike, whatever tokens it holds; keep it at 1, raise "
                 "data.batch_size and set data.tokens_per_microbatch to bound memory."
             )
-        if self.device_mesh is not None:
-            # What is gathered first in inference mode, by Lightning's check of validation, can never train.
-            self.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
         """Mean loss over the trained tokens of the whole step, all ranks together, one micro-batch in memory at a time.
@@ -262,7 +259,7 @@ class ActorModule(LanguageBackbone):
 def _untrained(batch: SupervisedBatch) -> SupervisedBatch:
     """Two tokens to compute for nothing."""
     start = batch.sequences[0][:2]
-    return replace(batch, sequences=[start], loss_masks=[torch.zeros(len(start), dtype=torch.bool)])
+    return replace(batch, sequences=[start], loss_masks=[torch.zeros_like(start, dtype=torch.bool)])
 
 
 def _pack_supervised(batch: SupervisedBatch, rows: list[int]) -> Packed:

@@ -81,7 +81,7 @@ class LanguageBackbone(LightningModule, ABC):
         """What the subclass makes of the hidden states."""
 
     def configure_model(self) -> None:
-        """Load the weights, once; of Lightning's ``ModelParallelStrategy`` each rank keeps a shard of them (FSDP2).
+        """Load the weights, once; under Lightning's ``ModelParallelStrategy`` a shard of them on each rank (FSDP2).
 
         Raises:
             ValueError: they do not load, do not fit, or the model cannot be packed; or the strategy is tensor parallel;
