@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -35,14 +34,13 @@ class FSDP2(ModelParallelStrategy):
         replicas: copies of the model, each sharded over ``world size / replicas`` consecutive ranks (HSDP): as many as
             there are nodes keeps the gathering inside a node.
         cpu_offload: keep the shards, and step, in host memory.
-        timeout: of collectives, seconds.
 
     Raises:
         ValueError: ``replicas`` does not divide the number of ranks.
     """
 
-    def __init__(self, replicas: int = 1, cpu_offload: bool = False, timeout: float = TIMEOUT) -> None:
-        super().__init__(parallelize_fn=self._shard, timeout=timedelta(seconds=timeout))
+    def __init__(self, replicas: int = 1, cpu_offload: bool = False) -> None:
+        super().__init__(parallelize_fn=self._shard, timeout=TIMEOUT)
         if replicas < 1:
             raise ValueError(f"FSDP2 needs replicas of at least 1, not {replicas}.")
         self.replicas, self.cpu_offload = replicas, cpu_offload

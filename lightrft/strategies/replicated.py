@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -21,11 +20,10 @@ class DDP(DDPStrategy):
     """Distributed data parallel: every rank holds the whole model, gradients are averaged.
 
     Args:
-        timeout: of collectives, seconds.
     """
 
-    def __init__(self, timeout: float = TIMEOUT) -> None:
-        super().__init__(timeout=timedelta(seconds=timeout))
+    def __init__(self) -> None:
+        super().__init__(timeout=TIMEOUT)
 
     def _get_process_group_backend(self) -> str:
         return backend_for(self.root_device)

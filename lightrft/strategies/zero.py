@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +37,6 @@ class ZeRO(DeepSpeedStrategy):
         hpz: ranks that hold a copy of the weights together, so that a backward gathers them inside a node (ZeRO++,
             arXiv 2306.10209); 1 is none. Stage 3.
         config: further keys of DeepSpeed's configuration; those this loop decides are refused.
-        timeout: of collectives, seconds.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -51,7 +49,6 @@ class ZeRO(DeepSpeedStrategy):
         offload: bool = False,
         hpz: int = 1,
         config: dict[str, Any] | None = None,
-        timeout: float = TIMEOUT,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has stages 1, 2 and 3, not {stage}.")
@@ -63,7 +60,7 @@ class ZeRO(DeepSpeedStrategy):
             raise ImportError("ZeRO needs DeepSpeed: pip install 'lightning-rft[deepspeed]'.")
         _choose_accelerator()
         self.stage, self.offload = stage, offload
-        super().__init__(config=_configuration(stage, offload, hpz, config or {}), timeout=timedelta(seconds=timeout))
+        super().__init__(config=_configuration(stage, offload, hpz, config or {}), timeout=TIMEOUT)
         self._backward_sync_control = _BackwardSync()
 
     def setup_environment(self) -> None:
