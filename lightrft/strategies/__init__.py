@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lightrft.strategies.base import Sharding
-from lightrft.strategies.choice import STRATEGIES, make_fabric, sharding_of
+from lightrft.strategies.choice import STRATEGIES, make_fabric, placement_of, sharding_of
 from lightrft.strategies.fully_sharded import FSDP2
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import leave_together
 from lightrft.strategies.replicated import DDP
 from lightrft.strategies.roles import Roles, check_roles
@@ -16,6 +17,7 @@ __all__ = [
     "DDP",
     "FSDP2",
     "STRATEGIES",
+    "Placement",
     "Roles",
     "ScaledFloat16",
     "Sharding",
@@ -24,6 +26,7 @@ __all__ = [
     "gathered",
     "leave_together",
     "make_fabric",
+    "placement_of",
     "sharding_of",
     "whole",
 ]

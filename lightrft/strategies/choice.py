@@ -13,6 +13,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY, SingleDeviceStrategy,
 from lightrft.strategies.base import Sharding
 from lightrft.strategies.fully_sharded import FSDP2, FullySharded
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.placement import Placement
 from lightrft.strategies.replicated import DDP, Replicated
 from lightrft.strategies.zero import DividedByZeRO, ZeRO
 
@@ -90,6 +91,14 @@ def launched_fabric(strategy: str | Strategy, beside: Fabric, **arguments: Any) 
 def sharding_of(fabric: Fabric) -> Sharding:
     """The surface for the strategy that a Fabric runs."""
     return next(surface for kind, surface in _SURFACES.items() if isinstance(fabric.strategy, kind))(fabric)
+
+
+def placement_of(strategy: str | Strategy, ranks: int, precision: str) -> Placement:
+    """How a model will lie over ``ranks`` under a strategy that :func:`make_fabric` takes."""
+    if isinstance(strategy, SingleDeviceStrategy) or strategy == "auto":
+        strategy = "ddp"
+    made: Any = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
+    return made.placement(ranks, _LONG_NAMES.get(precision, precision))  # type: ignore[no-any-return]
 
 
 def _check(strategy: str | Strategy) -> None:
