@@ -38,7 +38,7 @@ from lightrft.lightning_modules import ActorModule, CriticModule
 from lightrft.module import RFTModule
 from lightrft.ops import pack, split_by_tokens
 from lightrft.samples import FIRE, Batch, Prompt, Response, Rollout, Sampling
-from lightrft.strategies import Roles, Sharding
+from lightrft.strategies import Roles, Sharding, make_fabric
 
 TEMPERATURE, LONGEST, VOCABULARY = 0.8, 9, 14
 QWEN2 = {
@@ -447,7 +447,7 @@ def main() -> None:
     ranks, found = int(os.environ.get("WORLD_SIZE", 1)), []
     for precision in PRECISIONS:
         strategy = "ddp" if ranks > 1 else "auto"
-        fabric = Fabric(accelerator="cpu", devices=ranks, strategy=strategy, precision=precision)  # type: ignore[arg-type]
+        fabric = make_fabric(strategy, precision, accelerator="cpu", devices=ranks)
         fabric.launch()
         found += [asdict(one) for one in measured(fabric, precision, options.few, options.folder / f"{precision}.pt")]
     if fabric.is_global_zero:

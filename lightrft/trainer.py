@@ -496,6 +496,7 @@ class RFTTrainer:
             "schedulers": {
                 name: one.scheduler.state_dict() for name, one in self.learner.trained.items() if one.scheduler
             },
+            "loss_scales": {name: one.sharding.precision.state_dict() for name, one in self.learner.trained.items()},
             "algorithm": self.model.algorithm.state_dict(),
             "callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks},
             "random": random_state(),
@@ -519,6 +520,8 @@ class RFTTrainer:
         self.prompts.load_state_dict(state["prompts"])
         for name, scheduler in state["schedulers"].items():
             self.learner.trained[name].scheduler.load_state_dict(scheduler)
+        for name, scale in state["loss_scales"].items():
+            self.learner.trained[name].sharding.precision.load_state_dict(scale)
         self.model.algorithm.load_state_dict(state["algorithm"])
         for callback in self.callbacks:
             if callback.state_key in state["callbacks"]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,11 @@ class Sharding:
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
+
+    @property
+    def precision(self) -> Precision:
+        """Fabric's plug-in; one for float16 has a state, the loss scale."""
+        return self.fabric.strategy.precision
 
     def over_ranks(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
         """Sum or largest of each element over ranks, on this rank's device. Collective."""
@@ -65,6 +71,11 @@ class Sharding:
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """Prepare a trained module and its optimizer; returns the pair to call and to step."""
         raise NotImplementedError
+
+    def _deafen(self, module: nn.Module) -> None:
+        """Fabric calls hooks of every LightningModule that it set up; ours hear what the trainer announces alone."""
+        if module in self.fabric._callbacks:
+            self.fabric._callbacks.remove(module)
 
     def setup_frozen(self, module: nn.Module) -> Any:
         """Prepare a module that is only evaluated; returns what to call."""

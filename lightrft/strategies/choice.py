@@ -25,6 +25,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     **{f"zero{stage}": partial(ZeRO, stage=stage) for stage in (1, 2, 3)},
     **{f"zero{stage}_offload": partial(ZeRO, stage=stage, offload=True) for stage in (1, 2, 3)},
 }
+_NAMES = ", ".join(["auto", *STRATEGIES])
 _SURFACES: dict[type[Strategy], type[Sharding]] = {
     SingleDeviceStrategy: Replicated,
     DDP: Replicated,
@@ -89,8 +90,15 @@ def launched_fabric(strategy: str | Strategy, beside: Fabric, **arguments: Any) 
 
 
 def sharding_of(fabric: Fabric) -> Sharding:
-    """The surface for the strategy that a Fabric runs."""
-    return next(surface for kind, surface in _SURFACES.items() if isinstance(fabric.strategy, kind))(fabric)
+    """The surface for the strategy that a Fabric runs.
+
+    Raises:
+        ValueError: it is one of Fabric's own.
+    """
+    for kind, surface in _SURFACES.items():
+        if isinstance(fabric.strategy, kind):
+            return surface(fabric)
+    raise _refusal(fabric.strategy)
 
 
 def placement_of(strategy: str | Strategy, ranks: int, precision: str) -> Placement:
@@ -102,19 +110,21 @@ def placement_of(strategy: str | Strategy, ranks: int, precision: str) -> Placem
 
 
 def _check(strategy: str | Strategy) -> None:
-    names = ", ".join(["auto", *STRATEGIES])
     if isinstance(strategy, str):
         if strategy in ("auto", *STRATEGIES):
             return
         instead = _instead_of(strategy)
-        raise ValueError(f"trainer.strategy={strategy!r} is not supported; use {instead or f'one of {names}'}.")
+        raise ValueError(f"trainer.strategy={strategy!r} is not supported; use {instead or f'one of {_NAMES}'}.")
     if not isinstance(strategy, (DDP, FSDP2, ZeRO)):
-        name = type(strategy).__name__
-        instead = _instead_of(name.lower())
-        raise ValueError(
-            f"trainer.strategy is Fabric's own {name}, which loses gradients or state silently in this loop; use "
-            f"{instead or f'one of {names}'}, or lightrft.strategies' DDP, FSDP2 or ZeRO by class_path."
-        )
+        raise _refusal(strategy)
+
+
+def _refusal(strategy: Strategy) -> ValueError:
+    name = type(strategy).__name__
+    return ValueError(
+        f"trainer.strategy is Fabric's own {name}, which loses gradients or state silently in this loop; use "
+        f"{_instead_of(name.lower()) or f'one of {_NAMES}'}, or lightrft.strategies' DDP, FSDP2 or ZeRO by class_path."
+    )
 
 
 def _instead_of(name: str) -> str | None:

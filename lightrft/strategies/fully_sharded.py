@@ -130,11 +130,12 @@ class FullySharded(Replicated):
         # Apart, as Fabric takes no optimizer of parameters on the meta device.
         names = {parameter: name for name, parameter in module.named_parameters()}
         sharded = self.fabric.setup_module(module)
+        self._deafen(module)
         _follow(optimizer, names, dict(module.named_parameters()))
         return sharded, self.fabric.setup_optimizers(optimizer)
 
     def _placed(self, module: nn.Module) -> nn.Module:
-        return self.fabric.strategy.setup_module(self.fabric.strategy.precision.convert_module(module))
+        return self.fabric.strategy.setup_module(self.precision.convert_module(module))
 
     def accumulate(self, module: Any, last: bool) -> AbstractContextManager[None]:
         # Reduced in every micro-batch: to wait for the last would hold a whole gradient on each rank.

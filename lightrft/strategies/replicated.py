@@ -43,20 +43,22 @@ class Replicated(Sharding):
     """Fabric's single device and :class:`DDP` behind the common surface."""
 
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
-        return self.fabric.setup(module, optimizer)
+        called, stepped = self.fabric.setup(module, optimizer)
+        self._deafen(module)
+        return called, stepped
 
     def setup_frozen(self, module: nn.Module) -> Any:
-        precision, placed = self.fabric.strategy.precision, self._placed(module)
+        placed = self._placed(module)
 
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad(), precision.forward_context():
+            with torch.no_grad(), self.precision.forward_context():
                 return placed(*args, **kwargs)
 
         return evaluate
 
     def _placed(self, module: nn.Module) -> nn.Module:
         # DDP refuses a module without gradients, and there is nothing to reduce.
-        return cast(nn.Module, self.fabric.to_device(self.fabric.strategy.precision.convert_module(module)))
+        return cast(nn.Module, self.fabric.to_device(self.precision.convert_module(module)))
 
     def accumulate(self, module: Any, last: bool) -> AbstractContextManager[None]:
         if isinstance(self.fabric.strategy, DDPStrategy):
@@ -71,9 +73,8 @@ class Replicated(Sharding):
         if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        precision = self.fabric.strategy.precision
-        if isinstance(precision, ScaledFloat16):
-            precision.after_step(math.isfinite(norm))
+        if isinstance(self.precision, ScaledFloat16):
+            self.precision.after_step(math.isfinite(norm))
         return norm
 
     def save(self, folder: Path, module: nn.Module, optimizer: Optimizer) -> None:

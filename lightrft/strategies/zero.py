@@ -142,7 +142,7 @@ class DividedByZeRO(Replicated):
 
     def _placed(self, module: nn.Module) -> nn.Module:
         # As DeepSpeed does with what it trains.
-        dtype = _COMPUTE_DTYPES.get(self.fabric.strategy.precision.precision)
+        dtype = _COMPUTE_DTYPES.get(self.precision.precision)
         buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
         placed = self.fabric.to_device(module.to(dtype) if dtype else module)
         _restore_buffers(placed, buffers, self.fabric.device)
@@ -186,8 +186,9 @@ def _configuration(stage: int, offload: bool, hpz: int, further: dict[str, Any])
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if hpz != 1:
         zero["zero_hpz_partition_size"] = hpz
-    # The caller's optimizer is stepped, whichever it is.
-    own = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    # The caller's optimizer is stepped, whichever it is, and clipped as each step says: DeepSpeed's default is 1.
+    own: dict[str, Any] = {"gradient_clipping": 0.0}
+    own |= {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return {**further, **own}
 
 
