@@ -249,7 +249,7 @@ class Weights:
     Attributes:
         all, trained: of the model, and of those with gradients.
         block: of the largest transformer block.
-        outside: of all that is in no block.
+        outside: of what is in no block, but for embeddings that are not the head too, which are a unit of their own.
         largest: of the largest tensor.
     """
 
@@ -265,11 +265,13 @@ def weights_of(module: LanguageBackbone) -> Weights:
     names = set(getattr(module.transformer, "_no_split_modules", None) or ())
     blocks = [_count(part) for part in module.modules() if type(part).__name__ in names]
     parameters = list(module.parameters())
+    head, embeddings = module.transformer.get_output_embeddings(), module.transformer.get_input_embeddings()
+    apart = 0 if head is not None and head.weight is embeddings.weight else _count(embeddings)
     return Weights(
         all=_count(module),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         block=max(blocks, default=0),
-        outside=_count(module) - sum(blocks),
+        outside=_count(module) - sum(blocks) - apart,
         largest=max(parameter.numel() for parameter in parameters),
     )
 

@@ -291,8 +291,7 @@ class RFTTrainer:
             fabric.launch()
         self._launched = True
         fabric.seed_everything(self.seed, workers=True, verbose=False)
-        self._check_world_size()
-        self._tell_sizes()
+        rank_zero_info(self.sizes(fabric.world_size))
         roles = Roles(fabric, self.strategies, **self._devices)
         with roles.building():
             roles.default.together(self.model.configure_model)
@@ -553,23 +552,25 @@ class RFTTrainer:
                 f"samples_per_prompt = {total} and be a multiple of samples_per_prompt={self.samples_per_prompt}."
             )
 
-    def _tell_sizes(self) -> None:
-        ranks, updates = self.fabric.world_size, self.updates_per_iteration
-        rank_zero_info(
+    def sizes(self, ranks: int) -> str:
+        """What follows from the configured sizes on so many ranks, to be read before the run.
+
+        Raises:
+            ValueError: an update cannot be shared by them.
+        """
+        updates, prompts = self.updates_per_iteration, self.responses_per_update // self.samples_per_prompt
+        if prompts % ranks:
+            raise ValueError(
+                f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
+                f"{ranks} ranks; make it a multiple of {ranks}."
+            )
+        return (
             f"Each iteration: {self.prompts_per_iteration} prompts x {self.samples_per_prompt} responses on {ranks} "
             f"rank(s), {updates} update(s) of {self.responses_per_update} responses "
             f"({self.responses_per_update // ranks} a rank); "
             f"{self.max_iterations} iterations, {self.max_iterations * updates} updates in all.\n"
             f"Algorithm {self.model.algorithm}"
         )
-
-    def _check_world_size(self) -> None:
-        prompts, ranks = self.responses_per_update // self.samples_per_prompt, self.fabric.world_size
-        if prompts % ranks:
-            raise ValueError(
-                f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
-                f"{ranks} ranks; make it a multiple of {ranks}."
-            )
 
 
 def _check_same(then: dict[str, Any], now: dict[str, Any], remedy: str) -> None:

@@ -63,6 +63,7 @@ class FSDP2(ModelParallelStrategy):
             optimizer_shards=shards,
             on_host=frozenset(("weights", "gradients", "optimizer") if self.cpu_offload else ()),
             compute_bytes=dtype.itemsize if dtype else None,
+            gathers=True,
         )
 
     def setup_environment(self) -> None:

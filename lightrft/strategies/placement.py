@@ -18,8 +18,9 @@ class Placement:
         compute_bytes: of a weight as a forward reads it, where the strategy casts it; ``None`` is as it lies at rest
             (autocast may still copy it).
         casts_at_rest: the weights themselves lie in ``compute_bytes``, float32 ones beside the optimizer (ZeRO).
-        gathered_parameters: most parameters that are whole at a time for computing, beyond the shards; ``None`` is a
-            unit at a time (the outermost, the one that computes, the next one, and the buffer it is gathered through).
+        gathers: weights are made whole for computing, beside what each rank holds of them.
+        gathered_parameters: most parameters that are whole at a time; ``None`` is a unit at a time: the outermost, the
+            one that computes, the next one, and the buffer through which it comes.
         gradient_copies: further copies of the whole gradient (DDP's buckets).
         buffer_bytes: fixed buffers through which gradients are reduced.
     """
@@ -30,11 +31,7 @@ class Placement:
     on_host: frozenset[Part] = frozenset()
     compute_bytes: int | None = None
     casts_at_rest: bool = False
+    gathers: bool = False
     gathered_parameters: int | None = None
     gradient_copies: int = 0
     buffer_bytes: int = 0
-
-    @property
-    def sharded(self) -> bool:
-        """Whether a forward has to gather weights that lie elsewhere, be it on other ranks or in host memory."""
-        return self.weight_shards > 1 or "weights" in self.on_host

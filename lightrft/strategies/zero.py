@@ -78,6 +78,7 @@ class ZeRO(DeepSpeedStrategy):
             on_host=frozenset(parts if self.offload else ()),
             compute_bytes=size,
             casts_at_rest=True,
+            gathers=self.stage == 3,
             gathered_parameters=int(zero.get("stage3_max_live_parameters", 1e9)),
             buffer_bytes=int(zero.get("reduce_bucket_size", 5e8)) * size * buckets,
         )
