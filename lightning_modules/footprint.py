@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class Footprint:
 
             hooks = [parameter.register_post_accumulate_grad_hook(came) for parameter in trained]
             loss = self._forward(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         for hook in hooks:
             hook.remove()
         for parameter in trained:
@@ -176,8 +176,8 @@ class _Counting:
         self._mode.__exit__(kind, error, trace)
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             raise ValueError(
-                f"{self._architecture} decides by values which tensors it makes ({error}), so its memory cannot be told "
-                "without running it."
+                f"{self._architecture} decides by values which tensors it makes ({error}), so its memory cannot be "
+                "told without running it."
             ) from error
 
 
@@ -191,7 +191,7 @@ def _on_fake_tensors(module: LanguageBackbone, dtype: torch.dtype, mode: FakeTen
                 if tensor is not None and tensor not in made:
                     made[tensor] = _fake(tensor, of, mode)
                 if tensor is not None:
-                    store[name] = made[tensor]  # type: ignore[index]
+                    cast(dict[str, Any], store)[name] = made[tensor]
     return twin
 
 
@@ -251,6 +251,7 @@ class Weights:
         block: of the largest transformer block.
         outside: of what is in no block, but for embeddings that are not the head too, which are a unit of their own.
         largest: of the largest tensor.
+        adapted: of the largest one that adapters change.
     """
 
     all: int
@@ -258,6 +259,7 @@ class Weights:
     block: int
     outside: int
     largest: int
+    adapted: int
 
 
 def weights_of(module: LanguageBackbone) -> Weights:
@@ -273,6 +275,7 @@ def weights_of(module: LanguageBackbone) -> Weights:
         block=max(blocks, default=0),
         outside=_count(module) - sum(blocks) - apart,
         largest=max(parameter.numel() for parameter in parameters),
+        adapted=max((p.numel() for name, p in module.named_parameters() if ".base_layer." in name), default=0),
     )
 
 

@@ -1,7 +1,7 @@
 """Peak memory of each phase of a run on one rank, as sums of named terms: arithmetic alone, in bytes.
 
-What a forward and a backward hold is counted elsewhere and comes in as numbers. A phase's terms are those of its largest
-moment. Nothing here asks for a device, a process group or a tensor.
+What a forward and a backward hold is counted elsewhere and comes in as numbers. A phase's terms are those of its
+largest moment. Nothing here asks for a device, a process group or a tensor.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Sampler:
 
 
 def pushing(largest: int, element_bytes: int) -> int:
-    """Bytes while a weight of ``largest`` elements, ``element_bytes`` each in all copies, is pushed and fingerprinted."""
+    """Bytes while ``largest`` elements, ``element_bytes`` each in all copies, are pushed and fingerprinted."""
     return largest * element_bytes + min(largest, _FINGERPRINT_ELEMENTS) * _FINGERPRINT_BYTES
 
 

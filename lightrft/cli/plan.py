@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightrft.analysis.memory import GIB, Decoder, Role, Sampler, generating, phases, pushing
 from lightrft.callbacks import EngineSleepWake
 from lightrft.cli.fit import RFTCLI
+from lightrft.data import PromptData
 from lightrft.lightning_modules.backbone import LanguageBackbone
 from lightrft.lightning_modules.footprint import (
     GRADIENTS,
@@ -51,7 +52,11 @@ class PlanCLI(RFTCLI):
             default=2.0,
             help="of it, what is not for tensors: the CUDA context, NCCL's buffers, gaps between tensors",
         )
-        parser.add_argument("--prompt_tokens", type=int, default=512, help="tokens of the longest prompt")
+        parser.add_argument(
+            "--prompt_tokens",
+            type=int,
+            help="tokens of the longest prompt; by default data.max_prompt_tokens, else 512",
+        )
         parser.add_argument("--json", type=bool, default=False, help="print JSON, sizes in bytes")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -70,7 +75,8 @@ class Sizes:
         parallel: ranks that share a sequence.
         rows_per_iteration, rows_per_update: responses of one rank.
         micro_batches: of one update, where all responses are as long as they may be.
-        largest: what one forward holds at most, of this rank's share of each sequence.
+        evaluated, largest: what one forward holds at most before the updates, and in one; of this rank's share of each
+            sequence.
         prompt_tokens, new_tokens: of the longest.
     """
 
@@ -79,6 +85,7 @@ class Sizes:
     rows_per_iteration: int
     rows_per_update: int
     micro_batches: int
+    evaluated: MicroBatch
     largest: MicroBatch
     prompt_tokens: int
     new_tokens: int
@@ -102,8 +109,11 @@ class Sizes:
         rows = trainer.responses_per_update // groups
         responses = trainer.prompts_per_iteration * trainer.samples_per_prompt
         parts = split_by_tokens([length] * rows, trainer.tokens_per_microbatch)
-        largest = _fullest(rows, length, new, trainer.tokens_per_microbatch, parallel)
-        return cls(ranks, parallel, responses // ranks, rows, len(parts), largest, prompt, new)
+        evaluated, largest = (
+            _fullest(count, length, new, trainer.tokens_per_microbatch, parallel)
+            for count in (responses // groups, rows)
+        )
+        return cls(ranks, parallel, responses // ranks, rows, len(parts), evaluated, largest, prompt, new)
 
     def told(self) -> str:
         """In a sentence."""
@@ -146,7 +156,6 @@ class Plan:
         for model in filter(None, (module.actor, module.critic)):
             _check_kind(model)
             without_weights(model)
-        module._check_critic_vocabulary() if module.critic is not None else None
         self.sizes = Sizes.of(trainer, ranks, prompt_tokens, module.context_tokens)
         self.placements = {role: self._placement(role) for role in self._models()}
         self.phases = phases(
@@ -178,14 +187,13 @@ class Plan:
         placement, weights, frozen = self.placements[name], weights_of(model), name == "reference"
         at_rest = self._dtype_at_rest
         footprint = self._footprint(name, model, placement)
-        batch = self.sizes.largest
-        role: dict[str, Any] = {"evaluating": footprint.evaluate(batch, frozen)}
+        role: dict[str, Any] = {"evaluating": footprint.evaluate(self.sizes.evaluated, frozen)}
         if not frozen:
             # One micro-batch begins without gradients; a later one has them all beside it.
             alone = self.sizes.micro_batches == 1 and placement.gradient_shards == 1
             keep = alone and GRADIENTS not in placement.on_host and not placement.casts_at_rest
             stepped = torch.float32 if placement.casts_at_rest else at_rest
-            role["training"] = footprint.train(batch, keep)
+            role["training"] = footprint.train(self.sizes.largest, keep)
             role["state_bytes"], role["step_bytes"] = optimizer_bytes(model.optimizer, stepped)
         return Role(
             name=name,
@@ -217,13 +225,17 @@ class Plan:
             return Sampler(asleep=asleep)
         dtype, weights = engine.dtype or self.trainer.compute_dtype, weights_of(self.module.actor)
         adapters = weights.trained if self.module.actor.lora is not None else 0
-        # A weight is whole in the trainer's dtype where it is gathered or merged, and in the engine's.
-        whole = self.placements["actor"].gathers or adapters
+        # A weight is whole in the trainer's dtype too where it is gathered; where it is merged, so is the change.
+        own, gathers = self._dtype_at_rest.itemsize, self.placements["actor"].gathers
+        pushed = max(
+            pushing(weights.largest, dtype.itemsize + (own if gathers else 0)),
+            pushing(weights.adapted, dtype.itemsize + own * (3 + gathers)),
+        )
         rows, sampling = min(engine.sequences_per_batch, self.sizes.rows_per_iteration), self.trainer.rollout.sampling
         return Sampler(
             weights=(weights.all - adapters) * dtype.itemsize,
             asleep=asleep,
-            pushing=pushing(weights.largest, dtype.itemsize + (self._dtype_at_rest.itemsize if whole else 0)),
+            pushing=pushed,
             generating=generating(
                 _decoder(self.module.actor),
                 rows,
@@ -262,7 +274,9 @@ class Plan:
         if what in ("cache", "while sampling", "of prompts") or phase.largest.endswith("sampling"):
             return ["lower the engine's sequences_per_batch", "lower sampling.max_new_tokens"]
         if role == "engine":
-            sleep = [] if any(isinstance(one, EngineSleepWake) for one in trainer.callbacks) else ["list EngineSleepWake"]
+            sleep = (
+                [] if any(isinstance(one, EngineSleepWake) for one in trainer.callbacks) else ["list EngineSleepWake"]
+            )
             return [*sleep, "set the engine's dtype to bfloat16", *self._sharding(placement)]
         if what in ("activations", "logits"):
             first = [] if model.gradient_checkpointing or what == "logits" else ["set gradient_checkpointing: true"]
@@ -308,7 +322,8 @@ def _decoder(actor: LanguageBackbone) -> Decoder:
 def _check_kind(model: Any) -> None:
     if not isinstance(model, LanguageBackbone):
         raise ValueError(
-            f"The memory of {type(model).__name__} cannot be planned; ActorModule, CriticModule and their subclasses can."
+            f"The memory of {type(model).__name__} cannot be planned; that of ActorModule, CriticModule and their "
+            "subclasses can."
         )
 
 
@@ -339,9 +354,12 @@ def main(args: ArgsType = None) -> None:
     cli = PlanCLI(args)
     settings = cli.config
     memory, reserve = _device_memory(settings["device_memory_gib"]), settings["reserve_gib"]
-    if settings["prompt_tokens"] < 1 or not 0 <= reserve < memory:
+    prompt_tokens = settings["prompt_tokens"]
+    if prompt_tokens is None:
+        prompt_tokens = cast(PromptData, cli.datamodule).max_prompt_tokens or 512
+    if prompt_tokens < 1 or not 0 <= reserve < memory:
         sys.exit("--prompt_tokens must be at least 1, and --reserve_gib from 0 to below --device_memory_gib.")
-    plan = Plan(cast(RFTTrainer, cli.trainer), cast(RFTModule, cli.model), cli.ranks, settings["prompt_tokens"])
+    plan = Plan(cast(RFTTrainer, cli.trainer), cast(RFTModule, cli.model), cli.ranks, prompt_tokens)
     print(plan.as_json() if settings["json"] else plan.report())
     needed = plan.total(plan.largest) / GIB
     if needed > memory - reserve:

@@ -59,7 +59,9 @@ def kernel_attention(
         else:  # torch before 2.13
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options))
+    return cast(
+        Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options)
+    )
 
 
 def autocast(states: Tensor) -> Tensor:

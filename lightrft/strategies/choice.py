@@ -106,7 +106,7 @@ def placement_of(strategy: str | Strategy, ranks: int, precision: str) -> Placem
     if isinstance(strategy, SingleDeviceStrategy) or strategy == "auto":
         strategy = "ddp"
     made: Any = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
-    return made.placement(ranks, _LONG_NAMES.get(precision, precision))  # type: ignore[no-any-return]
+    return made.placement(ranks, _LONG_NAMES.get(precision, precision))
 
 
 def _check(strategy: str | Strategy) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.strategies import DeepSpeedStrategy
@@ -66,11 +66,11 @@ class ZeRO(DeepSpeedStrategy):
 
     def placement(self, ranks: int, precision: str) -> Placement:
         """How a model lies over ``ranks``, DeepSpeed's own defaults where the configuration is silent."""
-        zero: dict[str, Any] = self.config["zero_optimization"]
+        zero = cast(dict[str, Any], self.config)["zero_optimization"]
         size = _COMPUTE_DTYPES.get(precision, torch.float32).itemsize
         # Two of them where the reduction overlaps the backward; stage 3 has one.
         buckets = 2 if zero["overlap_comm"] and self.stage < 3 else 1
-        parts: tuple[Part, ...] = ("weights", "gradients", "optimizer") if self.stage == 3 else ("gradients", "optimizer")
+        parts: set[Part] = {"gradients", "optimizer"} if self.stage < 3 else {"weights", "gradients", "optimizer"}
         return Placement(
             weight_shards=ranks if self.stage == 3 else 1,
             gradient_shards=ranks if self.stage > 1 else 1,

@@ -153,12 +153,16 @@ def test_more_ranks_never_need_more(strategy: str, some: int, others: int, param
 
 
 @settings(deadline=None)  # the first of a strategy imports what runs it
-@given(st.sampled_from(["fsdp2", "zero1", "zero2", "zero3"]), st.integers(1, 64), st.sampled_from(["32-true", "bf16-mixed"]))
+@given(
+    st.sampled_from(["fsdp2", "zero1", "zero2", "zero3"]),
+    st.integers(1, 64),
+    st.sampled_from(["32-true", "bf16-mixed"]),
+)
 def test_offloading_moves_to_the_host_and_never_needs_more(strategy: str, count: int, precision: str) -> None:
     kept, moved = (role(placement_of(name, count, precision)) for name in (strategy, f"{strategy}_offload"))
     assert peak(moved) <= peak(kept)
     assert sum(moved.resting()[1].values()) > 0 == sum(kept.resting()[1].values())
-    assert sum(map(lambda part: sum(part.values()), moved.resting())) == sum(kept.resting()[0].values())
+    assert sum(sum(part.values()) for part in moved.resting()) == sum(kept.resting()[0].values())
 
 
 @settings(deadline=None)

@@ -290,10 +290,11 @@ def test_without_a_command_and_with_an_unknown_one_the_commands_are_named() -> N
 
     for arguments in ([], ["--help"]):
         shown = lightrft(*arguments)
-        assert shown.returncode == 0 and all(name in shown.stdout for name in ("fit", "validate", "supervised", "chat"))
+        names = ("fit", "validate", "plan", "supervised", "chat")
+        assert shown.returncode == 0 and all(name in shown.stdout for name in names)
     unknown = lightrft("fitt")
     assert unknown.returncode == 1 and unknown.stderr == (
-        "lightrft: no command 'fitt'; there are fit, validate, supervised, chat.\n"
+        "lightrft: no command 'fitt'; there are fit, validate, plan, supervised, chat.\n"
     )
 
 
