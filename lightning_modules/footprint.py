@@ -120,7 +120,8 @@ class Footprint:
             hook.remove()
         for parameter in trained:
             parameter.grad = None
-        return live.peak
+        # Named although the peak may come before the first of them: there are no others beside these.
+        return live.peak | ({GRADIENTS: live.peak.get(GRADIENTS, 0)} if keep_gradients else {})
 
     def _counting(self) -> _Counting:
         ignored = [*self._module.parameters(), *self._module.buffers()]

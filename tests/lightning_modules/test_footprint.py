@@ -110,6 +110,12 @@ def test_gradients_freed_as_they_come_are_not_counted(tokenizer: str) -> None:
     assert sum(found.values()) == pytest.approx(taken(actor(tokenizer), None, True, keep=False), rel=0.02)
 
 
+def test_gradients_that_are_kept_are_named_even_where_the_peak_is_before_them(tokenizer: str) -> None:
+    module = actor(tokenizer, config={**SIZES, "vocab_size": 20000}, gradient_checkpointing=True)
+    found = counted(module).train(BATCH, True)
+    assert found[GRADIENTS] == 0 and found[LOGITS] > found[ACTIVATIONS]
+
+
 def test_terms_are_named_by_what_they_are(tokenizer: str) -> None:
     module = actor(tokenizer)
     footprint = counted(module, mixed=torch.bfloat16)
