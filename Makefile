@@ -15,7 +15,7 @@ define INSTALL
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart test lint format types peers grid nightly nightly-seeds nightly-transformers clean learn
+.PHONY: install quickstart test lint format types peers grid balance nightly nightly-seeds nightly-transformers clean learn
 
 ## install: the package, editable, in $(VENV); nothing happens when it is there already
 install: $(VENV)/.installed
@@ -64,8 +64,16 @@ peers: $(VENV)/.installed-dev
 grid: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/grid.py
 
+## balance: how long ranks wait for each other, with rows where they were sampled and where they balance; docs/balance.md
+balance: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/balance.py
+
+## grid-distributed: whole runs under every strategy on 1, 2 and 4 ranks against one process; writes docs/grid_distributed.md
+grid-distributed: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/grid_distributed.py
+
 ## nightly: what is too long for every change
-nightly: peers nightly-seeds learn grid nightly-transformers
+nightly: peers nightly-seeds learn grid balance nightly-transformers
 
 ## learn: does every preset learn? Three seeds each; writes benchmarks/results/learn.json, docs/images/learn/ and the table
 learn: $(VENV)/.installed-dev

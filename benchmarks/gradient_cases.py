@@ -36,9 +36,10 @@ from lightrft.algorithms.aggregation import token_weights
 from lightrft.learner import Learner
 from lightrft.lightning_modules import ActorModule, CriticModule
 from lightrft.module import RFTModule
-from lightrft.ops import pack, split_by_tokens
+from lightrft.ops import micro_steps, pack
 from lightrft.samples import FIRE, Batch, Prompt, Response, Rollout, Sampling
 from lightrft.strategies import Roles, Sharding, make_fabric
+from lightrft.workload import Workload
 
 TEMPERATURE, LONGEST, VOCABULARY = 0.8, 9, 14
 QWEN2 = {
@@ -55,8 +56,7 @@ QWEN2 = {
 TOLERANCE = {"32-true": 1e-6, "64-true": 1e-10}
 SEEN = 0.01  # a bug on purpose changes the gradient by more than this
 PRECISIONS = tuple(TOLERANCE)
-# Micro-batches of a rank; "uneven" is a budget for one response or a few short ones: of 2 to 9 trained tokens, 7 on one
-# of two ranks and 6 on the other.
+# Micro-batches of a rank; "uneven" is a budget for one response or a few short ones: of 2 to 9 trained tokens.
 CUTS = {"1": 1, "2": 2, "4": 4, "uneven": 0}
 UNEVEN_TOKENS = 11
 LAYOUTS = ("packed", "padded")
@@ -339,18 +339,18 @@ def step(fabric: Fabric, row: Row, cell: Cell) -> Step:
     learner = Learner(fabric, Roles(fabric, {}), module, tokens_per_microbatch=1, gradient_clip_val=None)
     batch = share(Batch.from_rollout(rollout(row)), fabric)
     with row.wrong() if row.wrong else nullcontext():
-        learner.tokens_per_microbatch = budget(batch, CUTS[cell.cut])
+        learner.tokens_per_microbatch = budget(learner, batch, CUTS[cell.cut])
         metrics = learner.prepare(batch, TEMPERATURE, LONGEST, len(batch))
         # Off policy: the weights have moved since the old log-probs and values.
         move(actor, row.shift, seed=5)
         if critic is not None:
             move(critic, 0.03, seed=6)
-        learner.tokens_per_microbatch = budget(batch, CUTS[cell.cut])  # algorithms leave responses out
-        parts = micro_batches(batch, learner.tokens_per_microbatch)
+        learner.tokens_per_microbatch = budget(learner, batch, CUTS[cell.cut])  # algorithms leave responses out
+        parts = micro_batches(learner, batch)
         metrics |= learner.update(batch, TEMPERATURE, LONGEST)
     trained = {"actor": learner.policy} | ({"critic": learner.critic} if learner.critic else {})
     gradients = {name: one.optimizer.optimizer.gradient for name, one in trained.items()}
-    return Step(gradients, metrics, [int(batch.response_mask[part].sum()) for part in parts])
+    return Step(gradients, metrics, parts)
 
 
 def share(batch: Batch, fabric: Fabric) -> Batch:
@@ -358,19 +358,21 @@ def share(batch: Batch, fabric: Fabric) -> Batch:
     return batch.select(range(fabric.global_rank * rows, (fabric.global_rank + 1) * rows))
 
 
-def budget(batch: Batch, parts: int) -> int:
-    """The least with which this rank's trained responses make so many micro-batches; 0 parts: for the uneven cut."""
+def budget(learner: Learner, batch: Batch, parts: int) -> int:
+    """The least with which all trained responses make so many micro-batches a rank; 0 parts: for the uneven cut."""
     if not parts:
         return UNEVEN_TOKENS
-    tokens = sum(batch.sequence_lengths)
-    return next(size for size in range(9, tokens + 1) if len(micro_batches(batch, size)) <= parts)
+    mine = [len(batch.sequences[row]) for row in batch.response_mask.any(-1).nonzero().flatten().tolist()]
+    lengths = [length for rank in learner.sharding.everyone(mine) for length in rank]
+    costs = [learner.module.cost_model(length) for length in lengths]
+    steps = (len(micro_steps(costs, lengths, learner.layout.groups, size)) for size in itertools.count(9))
+    return next(size for size, count in zip(itertools.count(9), steps) if count <= parts)
 
 
-def micro_batches(batch: Batch, tokens: int) -> list[list[int]]:
-    """Rows of each."""
-    trained = batch.response_mask.any(-1).nonzero().flatten().tolist()
-    parts = split_by_tokens([len(batch.sequences[row]) for row in trained], tokens)
-    return [[trained[index] for index in part] for part in parts]
+def micro_batches(learner: Learner, batch: Batch) -> list[int]:
+    """Trained tokens of each micro-batch of this rank."""
+    work = Workload(batch, learner.module.cost_model, learner.tokens_per_microbatch, learner.layout, learner.sharding)
+    return [int(part.response_mask.sum()) for part in work.micro_batches]
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------

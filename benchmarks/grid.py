@@ -114,10 +114,10 @@ worse of actor and critic. *Clipped* is the share of tokens whose gradient a bou
 _STEP = """A step is 6 groups of 3 responses of 0 to 9 tokens to a two-layer Qwen2. One response is dropped, three are
 truncated, one group has equal rewards (`dapo` and the group filter leave it out). The engine's log-probs are those of
 other weights, the reference's of others again, and between the old log-probs and the step the policy's weights moved.
-The weight of a KL is 0.1. *Half dropped* leaves the second of two ranks without a trained token. Rows without a
-preset's name are combinations; the code is [`benchmarks/gradient_cases.py`](../benchmarks/gradient_cases.py). That
-dynamic sampling with refill chooses the same groups on any number of ranks is held by
-[`tests/trainer/test_ranks.py`](../tests/trainer/test_ranks.py)."""
+The weight of a KL is 0.1. *Half dropped* leaves the second of two ranks without a trained token of its own. Rows
+without a preset's name are combinations; the code is
+[`benchmarks/gradient_cases.py`](../benchmarks/gradient_cases.py). That dynamic sampling with refill chooses the same
+groups on any number of ranks is held by [`tests/trainer/test_ranks.py`](../tests/trainer/test_ranks.py)."""
 
 _BUGS = """## With a bug on purpose
 

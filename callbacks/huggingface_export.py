@@ -12,7 +12,8 @@ from lightrft.checkpoint import check_writable
 
 
 class HuggingFaceExport(RFTCallback):
-    """Writes weights (adapters merged), configuration and tokenizer. Works under Lightning's ``Trainer`` too.
+    """Writes weights (adapters merged), configuration and tokenizer; sharded weights too, which rank 0 puts together in
+    host memory. Works under Lightning's ``Trainer`` too. ``lightrft export`` does the same with a checkpoint.
 
     Args:
         dirpath: the folder; ``None`` is ``<log_dir>/huggingface``.
@@ -33,7 +34,7 @@ class HuggingFaceExport(RFTCallback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         folder = self._folder(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:
             pl_module.save_pretrained(folder)
             rank_zero_info(f"Hugging Face model: {folder}")
 

@@ -9,13 +9,16 @@ from typing import Any
 from lightrft import samples
 from lightrft.callback import RolloutCallback
 from lightrft.callbacks.weight_sync import StaleWeightsError
-from lightrft.engines import Engine
+from lightrft.engines import Engine, EngineGroup
 from lightrft.engines.seeds import response_seed
 from lightrft.samples import Prompt, Sampling
 
 
 class Rollout(RolloutCallback):
     """Owns the engine: starts it, samples with it, closes it.
+
+    Where an engine lies over several ranks, each of them samples what all of them ask for and keeps the answers to its
+    own prompts, of which it may have none.
 
     Args:
         engine: samples the responses.
@@ -36,7 +39,8 @@ class Rollout(RolloutCallback):
         # What the trainer computes in, and what ends a response, where only the folder's generation config says so.
         config.dtype = trainer.compute_dtype
         config.eos_token_id = _stop_ids(config, pl_module.actor.transformer.generation_config)
-        self.engine.start(config, pl_module.tokenizer, trainer.fabric.device)
+        self._group = EngineGroup(self.engine.tensor_parallel_size)
+        self.engine.start(config, pl_module.tokenizer, trainer.fabric.device, self._group)
 
     def on_engine_ready(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to sample with weights that are not the trainer's current ones."""
@@ -56,12 +60,13 @@ class Rollout(RolloutCallback):
         sampling: Sampling | None = None,
     ) -> samples.Rollout:
         sampling = sampling or self.sampling
+        asked, own = self._group.join(prompts)
         seeds = [
             [response_seed(run_seed, iteration, prompt.uid, index) for index in range(samples_per_prompt)]
-            for prompt in prompts
+            for prompt in asked
         ]
-        groups = self.engine.generate(prompts, sampling, seeds)
-        return samples.Rollout(list(prompts), groups, sampling)
+        groups = self.engine.generate(asked, sampling, seeds)
+        return samples.Rollout(list(prompts), groups[own], sampling)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.engine.close()

@@ -89,6 +89,11 @@ class Throughput(RFTCallback):
         self._sampled, self._trained = state_dict["sampled"], state_dict["trained"]
         self._sampling = state_dict["sampling"]
 
+    def reshard(self, states: list[dict[str, Any]], rank: int, ranks: int) -> dict[str, Any]:
+        """What each rank counted in this iteration is summed over ranks at its end: the first one takes it all over."""
+        counted = {name: sum(state[name] for state in states) if rank == 0 else 0 for name in ("sampled", "trained")}
+        return super().reshard(states, rank, ranks) | counted
+
 
 def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":

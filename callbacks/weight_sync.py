@@ -54,9 +54,14 @@ class WeightSync(RFTCallback):
         engine, version = trainer.rollout.engine, trainer.progress.weight_version
         start = time.perf_counter()
         # Both words: an engine may call weights current that this callback never pushed.
-        if engine.weight_version != version or self._version != version:
+        stale = engine.weight_version != version or self._version != version
+        # Together, as the weights may be gathered from all ranks: those of every rank if one engine wants them.
+        if trainer.learner.sharding.over_ranks(torch.tensor(float(stale)), "max"):
             self._pushed, self._version = {}, version
-            engine.update_weights(self._recorded(trainer, pl_module), version)
+            weights = self._recorded(trainer, pl_module)
+            engine.update_weights(weights, version)
+            for _ in weights:  # and to the last, whatever this rank's engine takes of them
+                pass
         if self.probe:
             _compare_fingerprints(self._pushed, engine.fingerprint(list(self._pushed)), version)
         trainer.log("time/weight_sync_seconds", time.perf_counter() - start)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +43,8 @@ class ActorModule(LanguageBackbone):
 
     Attributes:
         head_chunk_tokens: predictions whose logits are held at a time.
+        head_in_step: whether all ranks must call the head equally often; ZeRO 3, which gathers it for each call, sets
+            it.
 
     Raises:
         ValueError: none or both of ``model`` and ``config``; fresh weights without a tokenizer.
@@ -53,6 +56,7 @@ class ActorModule(LanguageBackbone):
         "attention and a linear map"
     )
     head_chunk_tokens: int = 1024
+    head_in_step: bool = False
 
     def __init__(
         self,
@@ -98,8 +102,17 @@ class ActorModule(LanguageBackbone):
         return pretrained.merged_weights(self.transformer)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a Hugging Face folder: weights (adapters merged), configuration, tokenizer."""
+        """Write a Hugging Face folder: weights (adapters merged), configuration, tokenizer.
+
+        On all ranks together, as each may hold but a part; the first one writes.
+        """
         pretrained.save_pretrained(self.transformer, self.tokenizer, folder)
+
+    def save_settings(self, folder: Path) -> None:
+        """Write what such a folder holds besides weights, and LoRA's settings."""
+        pretrained.save_settings(self.transformer, self.tokenizer, folder)
+        if self.lora is not None:
+            pretrained.save_lora(self.language_model, self.name_or_path, folder)
 
     # --- log-probs of packed sequences -------------------------------------------------------------------------------
 
@@ -125,15 +138,27 @@ class ActorModule(LanguageBackbone):
         Returns:
             ``(log_probs, entropy)``: at least float32 ``[M]``, nats.
         """
-        with nullcontext() if adapter else self._adapter_off():
-            hidden = self._hidden(input_ids, position_ids, cu_seqlens)
+
+        def head(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             return log_probs_and_entropy(
-                hidden[predict],
-                input_ids[predict + 1],
+                hidden,
+                input_ids[positions + 1],
                 lambda h: pretrained.logits_of(self.transformer, h),
                 temperature=temperature,
                 chunk_tokens=self.head_chunk_tokens,
+                least_chunks=self._least_chunks(len(positions), hidden.device),
             )
+
+        with nullcontext() if adapter else self._adapter_off():
+            log_probs, entropy = self._at_predictions(input_ids, position_ids, cu_seqlens, predict, head)
+            return log_probs, entropy
+
+    def _least_chunks(self, predictions: int, device: torch.device) -> int:
+        if not self.head_in_step:
+            return 1
+        chunks = torch.tensor(-(-predictions // self.head_chunk_tokens), device=device)
+        dist.all_reduce(chunks, op=dist.ReduceOp.MAX)
+        return int(chunks)
 
     def _adapter_off(self) -> AbstractContextManager[None]:
         assert self.lora is not None, "only LoRA has an adapter to switch off"

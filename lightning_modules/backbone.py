@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lightrft.lightning_modules import packed_attention, pretrained
 from lightrft.lightning_modules.pretrained import LoRA
-from lightrft.ops import Packed, pack, pad
+from lightrft.lightning_modules.sequence_parallel import SequenceParallel
+from lightrft.ops import Packed, check_heads, pack, pad
 
 
 class LanguageBackbone(LightningModule, ABC):
@@ -69,6 +72,8 @@ class LanguageBackbone(LightningModule, ABC):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.language_model: nn.Module | None = None
+        self.sequence_parallel: SequenceParallel | None = None
+        self._cutting: RemovableHandle | None = None
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,8 +110,52 @@ class LanguageBackbone(LightningModule, ABC):
             raise RuntimeError(f"The {self.role} has no weights yet; configure_model() loads them.")
         return self.language_model.get_base_model() if self.lora is not None else self.language_model  # type: ignore
 
+    def shard_sequences(self, group: dist.ProcessGroup | None) -> None:
+        """Share every packed row out over the ranks of ``group``, from the decoder's input to the head.
+
+        Called after :meth:`configure_model`, before a strategy wraps the module. All ranks of the group must then be
+        given the same row and compute the same loss; the gradient of the weights is the *sum* over ranks. A copy made
+        afterwards shares out too.
+
+        Args:
+            group: its size is the degree; ``None``, or a group of one, keeps rows whole.
+
+        Raises:
+            ValueError: the module pads, or its heads are no multiple of the degree; says what to set.
+        """
+        if self._cutting is not None:
+            self._cutting.remove()
+        self.sequence_parallel = self._cutting = None
+        if group is None or (degree := dist.get_world_size(group)) == 1:
+            return
+        if not self.packing:
+            raise ValueError(
+                f"Sequence parallelism shares out packed rows, but the {self.role} pads; set packing: true on it, or "
+                "sequence_parallel_size: 1."
+            )
+        check_heads(self.transformer.config.get_text_config().num_attention_heads, degree)
+        self.sequence_parallel = SequenceParallel(group)
+        self._cutting = self.sequence_parallel.enter(self.transformer.get_decoder())
+
+    def _at_predictions(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        predict: Tensor,
+        compute: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """What ``compute`` makes of hidden states ``[K, H]`` and their positions ``[K]``: each ``[M]``, of ``predict``.
+
+        ``K`` is ``M``, or what this rank's slice has of it where sequences are sharded.
+        """
+        hidden = self._hidden(input_ids, position_ids, cu_seqlens)
+        if self.sequence_parallel is None:
+            return compute(hidden[predict], predict)
+        return self.sequence_parallel.at_predictions(hidden, predict, len(input_ids), compute)
+
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Last hidden states ``[N, H]`` of packed tokens."""
+        """Last hidden states ``[N, H]`` of packed tokens; of this rank's slice where sequences are sharded."""
         return (self._packed_hidden if self.packing else self._padded_hidden)(input_ids, position_ids, cu_seqlens)
 
     def _packed_hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -83,9 +83,13 @@ class CriticModule(LanguageBackbone):
         Returns:
             at least float32 ``[M]``, in units of reward.
         """
-        hidden = self._hidden(input_ids, position_ids, cu_seqlens)
-        assert self.head is not None, "loaded with the weights"
-        return self.head(hidden[predict])[:, 0]
+
+        def values_of(hidden: Tensor, positions: Tensor) -> tuple[Tensor]:
+            assert self.head is not None, "loaded with the weights"
+            return (self.head(hidden)[:, 0],)
+
+        (values,) = self._at_predictions(input_ids, position_ids, cu_seqlens, predict, values_of)
+        return values
 
 
 class ValueHead(nn.Linear):

@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from lightrft.analysis.live_bytes import LiveBytes
 from lightrft.lightning_modules import pretrained
 from lightrft.lightning_modules.backbone import LanguageBackbone
-from lightrft.ops.attention import autocast, has_kernel, kernel_attention
+from lightrft.ops.attention import has_kernel, in_autocast_dtype, kernel_attention
 
 _COUNTED_ATTENTION = "lightrft_counted"
 
@@ -212,7 +212,7 @@ def _counted_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As :func:`~lightrft.lightning_modules.packed_attention.packed_attention_forward`."""
-    q, k, v = (autocast(states[0].transpose(0, 1)) for states in (query, key, value))
+    q, k, v = (in_autocast_dtype(states[0].transpose(0, 1)) for states in (query, key, value))
     if has_kernel(q, v):
         longest = q.shape[0] // (len(cu_seq_lens_q) - 1)
         return kernel_attention(q, k, v, cu_seq_lens_q, longest, 1.0, None)[None], None

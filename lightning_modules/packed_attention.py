@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from lightrft.ops import varlen_attention
+from lightrft.ops import sequence_parallel_attention, varlen_attention
 
 PACKED_ATTENTION = "lightrft_packed"
 
@@ -31,11 +32,13 @@ def packed_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over one packed row; ``query`` is ``[1, H, N, D]``, the result ``[1, N, H, D_v]``.
 
-    ``attention_mask`` is none, or the window of :func:`_window_of_mask`.
+    ``attention_mask`` is none, or the window of :func:`_window_of_mask`. With a ``sequence_group`` the row lies over
+    its ranks (:mod:`lightrft.lightning_modules.sequence_parallel`) and ``N`` are this one's tokens.
 
     Raises:
         ValueError: called without ``cu_seq_lens_q``, or by an architecture that needs more than causal softmax.
@@ -49,7 +52,11 @@ def packed_attention_forward(
         sliding_window = int(attention_mask)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return varlen_attention(q, k, v, cu_seq_lens_q, scale=scale, window=sliding_window)[None], None
+    if sequence_group is None:
+        out = varlen_attention(q, k, v, cu_seq_lens_q, scale=scale, window=sliding_window)
+    else:
+        out = sequence_parallel_attention(q, k, v, cu_seq_lens_q, sequence_group, scale=scale, window=sliding_window)
+    return out[None], None
 
 
 def select(model: PreTrainedModel, packing: bool, role: str) -> None:

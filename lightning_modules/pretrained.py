@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightrft.checkpoint import is_checkpoint
 from lightrft.strategies import gathered, whole
 
 
@@ -92,7 +94,12 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def _check_place(name_or_path: str, what: str) -> None:
-    """Raise ``ValueError`` for a path where there is no folder, of which the hub would say that it is no name."""
+    """Raise ``ValueError`` for a path that holds no model: the hub would say that it is no name."""
+    if is_checkpoint(Path(name_or_path)):
+        raise ValueError(
+            f"The {what} folder {name_or_path!r} is a checkpoint of a run; make a Hugging Face folder of it first: "
+            f"lightrft export {name_or_path} FOLDER"
+        )
     if not Path(name_or_path).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_path):
         raise ValueError(f"There is no {what} folder {name_or_path!r}; check the path.")
 
@@ -199,17 +206,44 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that ``from_pretrained`` loads, with merged weights and the tokenizer."""
+    """A folder that ``from_pretrained`` loads, with merged weights and the tokenizer.
+
+    On all ranks together, as each may hold but a part of the weights; the first one keeps them and writes.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    weights = {name: tensor.cpu() for name, tensor in merged_weights(model) if first}
+    if not first:
+        return
     # A fresh skeleton: the model in training may hold adapters and our attention's name.
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
-    skeleton.load_state_dict(dict(merged_weights(model)), strict=False, assign=True)
+    skeleton.load_state_dict(weights, strict=False, assign=True)
     skeleton.tie_weights()
-    skeleton.generation_config = copy.deepcopy(model.generation_config)
-    # Fresh weights name no tokens of their own; a reader that does not ask the tokenizer would never stop.
-    for name in ("eos_token_id", "pad_token_id"):
-        for config in (skeleton.config, skeleton.generation_config):
-            if getattr(config, name, None) is None:
-                setattr(config, name, getattr(tokenizer, name))
+    skeleton.config, skeleton.generation_config = _configs(model, tokenizer)
     skeleton.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What :func:`save_pretrained` writes besides weights."""
+    for config in _configs(model, tokenizer):
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _configs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """Configuration and generation settings as a reader needs them."""
+    config, generation_config = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    # Fresh weights name no tokens of their own; a reader that does not ask the tokenizer would never stop.
+    for name in ("eos_token_id", "pad_token_id"):
+        for one in (config, generation_config):
+            if getattr(one, name, None) is None:
+                setattr(one, name, getattr(tokenizer, name))
+    return config, generation_config
+
+
+def save_lora(model: Any, base: str | None, folder: Path) -> None:
+    """``adapter_config.json``, from which peft, and :func:`from_checkpoint`, builds the adapters anew."""
+    config = copy.deepcopy(model.active_peft_config)
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)

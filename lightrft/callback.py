@@ -93,6 +93,18 @@ class RFTCallback(pl.Callback):
     def on_validation_rollout(self, trainer: RFTTrainer, pl_module: RFTModule, rollout: Rollout) -> None:
         """This rank's validation responses are sampled and scored."""
 
+    def reshard(self, states: list[dict[str, Any]], rank: int, ranks: int) -> dict[str, Any]:
+        """This rank's state where a run on ``ranks`` ranks resumes one on another number of them.
+
+        To be overridden where states are not the same on every rank.
+
+        Args:
+            states: of :meth:`state_dict`, one for each rank there was.
+            rank: this one.
+            ranks: how many there are.
+        """
+        return states[rank if rank < len(states) else 0]
+
 
 class RolloutCallback(RFTCallback):
     """The callback that turns prompts into responses. ``trainer.rollout`` finds the one of a run.
@@ -125,7 +137,7 @@ class CheckpointCallback(RFTCallback):
     last_checkpoint: Path | None = None
 
     def save(self, trainer: RFTTrainer) -> Path:
-        """Write a checkpoint now, at a phase boundary, on all ranks together; returns its folder."""
+        """Write a checkpoint now, at a phase boundary, on all ranks together; returns its folder once it is there."""
         raise NotImplementedError
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lightrft.algorithms import StepTotals
 from lightrft.module import RFTModule
-from lightrft.ops import pack, split_by_tokens
+from lightrft.ops import pack
 from lightrft.samples import Batch
-from lightrft.strategies import Roles
+from lightrft.strategies import Layout, Roles
 from lightrft.trained import Trained
+from lightrft.workload import Workload
 
 _Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -27,8 +28,9 @@ class Learner:
         fabric: launched.
         roles: strategies of the models.
         module: configured.
-        tokens_per_microbatch: most tokens that one forward holds.
+        tokens_per_microbatch: most tokens that one forward holds on one rank.
         gradient_clip_val: largest norm of a model's whole gradient; ``None`` does not clip.
+        sequence_parallel_size: ranks that share the tokens of a micro-batch.
 
     Attributes:
         policy: the actor in training.
@@ -42,11 +44,15 @@ class Learner:
         module: RFTModule,
         tokens_per_microbatch: int,
         gradient_clip_val: float | None,
+        sequence_parallel_size: int = 1,
     ) -> None:
         self.fabric = fabric
+        self.layout = Layout(fabric.world_size, fabric.global_rank, sequence_parallel_size)
         self.module = module
         self.tokens_per_microbatch = tokens_per_microbatch
         self.sharding = roles.default
+        if sequence_parallel_size > 1:
+            module.shard_sequences(self.layout.mesh(fabric.device.type).get_group("sequence"))
         self.policy = Trained(roles["actor"], module.actor, gradient_clip_val)
         critic, reference = module.critic, module.reference
         self.critic = Trained(roles["critic"], critic, gradient_clip_val) if critic is not None else None
@@ -86,13 +92,14 @@ class Learner:
         rewards = batch.rewards
         algorithm.shape_rewards(batch, longest, gather)
         algorithm.filter_groups(batch, rewards)
+        work = self._workload(batch)
         self.actor.eval()
-        batch.log_probs_old, batch.entropy_old = self._evaluate(batch, partial(self.actor, temperature=temperature))
+        batch.log_probs_old, batch.entropy_old = self._evaluate(work, partial(self.actor, temperature=temperature))
         if algorithm.needs_reference:
-            batch.log_probs_reference, _ = self._evaluate(batch, partial(self._reference, temperature=temperature))
+            batch.log_probs_reference, _ = self._evaluate(work, partial(self._reference, temperature=temperature))
         if self.critic:
             self.critic.module.eval()
-            (batch.values_old,) = self._evaluate(batch, self._values)
+            (batch.values_old,) = self._evaluate(work, self._values)
         shares = [range(start, start + rows_per_update) for start in range(0, len(batch), rows_per_update)]
         metrics: dict[str, float] = {}
         for rows in shares:
@@ -112,15 +119,10 @@ class Learner:
         return (self.critic.module(*args),)
 
     @torch.no_grad()
-    def _evaluate(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
-        """What ``model`` says of every trained token, each float32 ``[B, T]`` on the host."""
-        results: list[Tensor] = []
-        for rows in self._micro_batches(batch):
-            found = self._forward(self._select(batch, rows), model)
-            results = results or [torch.zeros_like(batch.log_probs_rollout) for _ in found]
-            for result, values in zip(results, found):
-                result[rows] = values[: len(rows)].to(result)
-        return results
+    def _evaluate(self, work: Workload, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+        """What ``model`` says of every trained token of this rank's rows, each float32 ``[B, T]`` on the host."""
+        parts = (part.to(self.fabric.device) for part in work.micro_batches)
+        return work.collect([[values.cpu() for values in self._forward(part, model)] for part in parts])
 
     def _forward(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """What ``model`` says of every trained token, each ``[B, T]``, 0 outside the mask."""
@@ -128,20 +130,8 @@ class Learner:
         found = model(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
         return [packed.scatter(values) for values in found]
 
-    def _micro_batches(self, batch: Batch) -> list[list[int]]:
-        """Rows of each micro-batch; ranks with fewer get empty ones, so that collectives inside a forward keep step."""
-        trained = torch.nonzero(batch.response_mask.any(-1)).flatten().tolist()
-        lengths = [len(batch.sequences[row]) for row in trained]
-        parts = [[trained[i] for i in part] for part in split_by_tokens(lengths, self.tokens_per_microbatch)]
-        most = int(self.sharding.over_ranks(torch.tensor(float(max(len(parts), 1))), "max"))
-        return parts + [[] for _ in range(most - len(parts))]
-
-    def _select(self, batch: Batch, rows: list[int]) -> Batch:
-        """The micro-batch on the device; an empty one is a sequence without a trained token."""
-        part = batch.select(rows or [0])
-        if not rows:
-            part.response_mask = torch.zeros_like(part.response_mask)
-        return part.to(self.fabric.device)
+    def _workload(self, batch: Batch) -> Workload:
+        return Workload(batch, self.module.cost_model, self.tokens_per_microbatch, self.layout, self.sharding)
 
     # --- an update ---------------------------------------------------------------------------------------------------
 
@@ -159,21 +149,21 @@ class Learner:
         outputs = {"responses": float(totals.responses), "tokens": float(totals.tokens), "skipped_updates": 0.0}
         if not totals.tokens:
             return outputs | {"skipped_updates": 1.0}
-        parts = self._micro_batches(batch)
+        work = self._workload(batch)
+        outputs["balance/busiest_over_mean"] = work.busiest_over_mean
         if train_policy:
-            outputs |= self._train(self.policy, batch, parts, partial(self._policy_loss, temperature, totals))
+            outputs |= self._train(self.policy, work, partial(self._policy_loss, temperature, totals))
         if self.critic:
-            learned = self._train(self.critic, batch, parts, partial(self._value_loss, totals))
+            learned = self._train(self.critic, work, partial(self._value_loss, totals))
             outputs |= {name if "/" in name else f"value/{name}": value for name, value in learned.items()}
         return outputs
 
-    def _train(self, trained: Trained, batch: Batch, parts: list[list[int]], loss_of: _Loss) -> dict[str, float]:
+    def _train(self, trained: Trained, work: Workload, loss_of: _Loss) -> dict[str, float]:
         trained.module.train()
         metrics: dict[str, Tensor] = {}
-        for number, rows in enumerate(parts):
-            part = self._select(batch, rows)
-            with trained.sharding.accumulate(trained.module, last=number == len(parts) - 1):
-                loss, found = loss_of(part)
+        for number, part in enumerate(work.micro_batches, start=1):
+            with trained.sharding.accumulate(trained.module, last=number == len(work.micro_batches)):
+                loss, found = loss_of(part.to(self.fabric.device))
                 # Strategies average gradients over ranks; the algorithm's weights ask for the sum.
                 trained.sharding.backward(trained.module, loss * self.fabric.world_size)
             for name, value in found.items():
@@ -200,9 +190,10 @@ class Learner:
         for largest in (False, True):
             names = [name for name in metrics if name.endswith("max") == largest]
             if names:
-                values = self.sharding.over_ranks(
-                    torch.stack([metrics[name] for name in names]), "max" if largest else "sum"
-                )
+                values = torch.stack([metrics[name] for name in names])
+                if not self.layout.leads and not largest:  # the ranks of a group computed the same
+                    values = torch.zeros_like(values)
+                values = self.sharding.over_ranks(values, "max" if largest else "sum")
                 found |= dict(zip(names, values.tolist()))
         return found
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lightrft.algorithms import Algorithm, resolve_algorithm
+from lightrft.ops import CostModel
 from lightrft.rewards import Scorer
 
 
@@ -57,6 +59,16 @@ class RFTModule(LightningModule):
         if self.needs_reference_copy and self.reference is None:
             self.reference = self.actor.frozen_copy()
 
+    def shard_sequences(self, group: ProcessGroup) -> None:
+        """Let the ranks of ``group`` share the tokens of each micro-batch; called before models are placed.
+
+        Raises:
+            ValueError: a model's heads are no multiple of the group's size, or it pads.
+        """
+        for model in (self.actor, self.critic, self.reference):
+            if model is not None:
+                model.shard_sequences(group)
+
     def _check_critic(self) -> None:
         needed = self.algorithm.needs_values
         if needed and self.critic is None:
@@ -93,6 +105,23 @@ class RFTModule(LightningModule):
         return min(int(getattr(config, "max_position_embeddings", None) or sys.maxsize) for config in configs)
 
     @property
+    def cost_model(self) -> CostModel:
+        """What a sequence costs the actor."""
+        config = self.actor.transformer.config.get_text_config()
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        experts = getattr(config, "num_experts_per_tok", None)
+        width = (getattr(config, "moe_intermediate_size", None) if experts else None) or _width(config)
+        return CostModel.of_shape(
+            hidden_size=hidden,
+            layers=config.num_hidden_layers,
+            intermediate_size=width * (experts or 1),
+            heads=heads,
+            key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or hidden // heads,
+            vocabulary=config.vocab_size,
+        )
+
+    @property
     def tokenizer(self) -> Any:
         """The actor's tokenizer."""
         return self.actor.tokenizer
@@ -122,5 +151,14 @@ class RFTModule(LightningModule):
         return self.actor.export_parameters()
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder."""
+        """Write the policy as a Hugging Face folder. On all ranks together; the first one writes."""
         self.actor.save_pretrained(folder)
+
+    def save_settings(self, folder: Path) -> None:
+        """Write what a Hugging Face folder of the policy holds besides weights."""
+        self.actor.save_settings(folder)
+
+
+def _width(config: Any) -> int:
+    """Of the MLP; where a configuration does not name it, four times the hidden size, as the first transformers had."""
+    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)

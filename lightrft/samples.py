@@ -329,27 +329,32 @@ class Batch:
     @property
     def response_lengths(self) -> Tensor:
         """int64 ``[B]`` tokens of each response, trained on or not."""
-        return torch.tensor(self.sequence_lengths, device=self.prompt_lengths.device) - self.prompt_lengths
+        lengths = torch.tensor(self.sequence_lengths, dtype=torch.int64, device=self.prompt_lengths.device)
+        return lengths - self.prompt_lengths
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Every tensor, ``[B]`` or ``[B, T]``, by name: all but the sequences."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The given rows, in the given order; ``T`` is kept."""
         index = torch.as_tensor(list(rows), dtype=torch.int64)
-        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "sequences"}
-        return Batch(sequences=[self.sequences[row] for row in index.tolist()], **tensors)
+        columns = {name: column[index] for name, column in self.columns.items()}
+        return Batch(sequences=[self.sequences[row] for row in index.tolist()], **columns)
 
     def put(self, rows: Sequence[int], part: Batch) -> None:
         """Write the tensors of ``part``, which :meth:`select` took from the given rows, back into them."""
         index = torch.as_tensor(list(rows), dtype=torch.int64)
-        for f in fields(self):
-            if f.name != "sequences":
-                getattr(self, f.name)[index] = getattr(part, f.name)
+        for name, column in self.columns.items():
+            column[index] = getattr(part, name)
 
     def to(self, device: torch.device) -> Batch:
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "sequences"}
-        return Batch(sequences=[sequence.to(device) for sequence in self.sequences], **tensors)
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return Batch(sequences=[sequence.to(device) for sequence in self.sequences], **columns)
 
     def state_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"sequences": self.sequences, **self.columns}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightrft.strategies import Sharding
+from lightrft.strategies.state import State
 
 
 class Trained:
@@ -44,6 +46,23 @@ class Trained:
         if self.scheduler is not None and not skipped:
             self.scheduler.step()
         return {"gradient_norm": norm, "skipped_updates": float(skipped), "learning_rate": learning_rate}
+
+    def snapshot(self) -> State:
+        """This rank's part of weights and optimizer state, in host memory. Collective."""
+        return self.sharding.snapshot(self.module, self.optimizer)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What the parts of all ranks take, about."""
+        return self.sharding.state_bytes(self.origin)
+
+    def load(self, folder: Path, weights_only: bool) -> None:
+        """Read them back. Collective.
+
+        Raises:
+            ValueError: the weights or the optimizer's parameters are others.
+        """
+        self.sharding.load(folder, self.module, None if weights_only else self.optimizer)
 
 
 def optimizer_and_scheduler(configured: Any) -> tuple[Optimizer, Any]:

@@ -75,6 +75,8 @@ class RFTTrainer:
         responses_per_update: responses an optimizer step, over all ranks; ``None`` is the whole rollout.
         epochs_per_iteration: passes over a rollout.
         tokens_per_microbatch: most tokens (prompt and response) in one forward of one rank; accumulation follows.
+        sequence_parallel_size: consecutive ranks that share the tokens of a micro-batch (DeepSpeed-Ulysses, arXiv
+            2309.14509): for contexts that one rank has no memory for.
         gradient_clip_val: largest norm of the whole gradient; ``None`` does not clip.
         limit_val_prompts: validate on the first so many prompts; ``None`` is all.
         fast_dev_run: one iteration that writes nothing: does the configuration run?
@@ -101,6 +103,7 @@ class RFTTrainer:
         responses_per_update: int | None = None,
         epochs_per_iteration: int = 1,
         tokens_per_microbatch: int = 16384,
+        sequence_parallel_size: int = 1,
         gradient_clip_val: float | None = 1.0,
         limit_val_prompts: int | None = None,
         fast_dev_run: bool = False,
@@ -122,6 +125,7 @@ class RFTTrainer:
         self.responses_per_update = responses_per_update if responses_per_update is not None else responses
         self.epochs_per_iteration = epochs_per_iteration
         self.tokens_per_microbatch = tokens_per_microbatch
+        self.sequence_parallel_size = sequence_parallel_size
         self.gradient_clip_val = gradient_clip_val
         self.limit_val_prompts = limit_val_prompts
         self.fast_dev_run = fast_dev_run
@@ -161,6 +165,11 @@ class RFTTrainer:
         """Optimizer steps an iteration."""
         responses = self.prompts_per_iteration * self.samples_per_prompt
         return responses // self.responses_per_update * self.epochs_per_iteration
+
+    @property
+    def shares_per_iteration(self) -> int:
+        """Parts of a rollout that an optimizer step sees."""
+        return self.updates_per_iteration // self.epochs_per_iteration
 
     @property
     def is_global_zero(self) -> bool:
@@ -217,8 +226,9 @@ class RFTTrainer:
         Args:
             model: joins actor, algorithm and rewards.
             datamodule: prompts.
-            ckpt_path: a checkpoint folder to resume from exactly, or ``last`` for the newest under
-                ``default_root_dir``.
+            ckpt_path: a checkpoint folder to resume from exactly; ``last`` for the newest under
+                ``default_root_dir``, or ``best`` for what was best by ``RFTCheckpoint.monitor``. Another number of
+                ranks and another strategy may resume.
 
         Raises:
             ValueError: the configuration cannot work; raised before any training.
@@ -303,7 +313,14 @@ class RFTTrainer:
             self.model.check_group_size(self.samples_per_prompt)
             if not self.fast_dev_run:
                 self.model.check_warmup(self.max_iterations)
-        self.learner = Learner(fabric, roles, self.model, self.tokens_per_microbatch, self.gradient_clip_val)
+        self.learner = Learner(
+            fabric,
+            roles,
+            self.model,
+            self.tokens_per_microbatch,
+            self.gradient_clip_val,
+            self.sequence_parallel_size,
+        )
         if stage == "fit":
             self.prompts = self.datamodule.train_dataloader()
         for logger in self.loggers:
@@ -348,7 +365,7 @@ class RFTTrainer:
 
     def _roll_out(self) -> None:
         # Taken one update's share at a time, so that an update sees the same responses on any number of ranks.
-        shares = self.updates_per_iteration // self.epochs_per_iteration
+        shares = self.shares_per_iteration
         prompts = [p for _ in range(shares) for p in self.prompts.take(self.prompts_per_iteration // shares)]
         self.samples = self.sample(prompts)
 
@@ -495,7 +512,6 @@ class RFTTrainer:
             "schedulers": {
                 name: one.scheduler.state_dict() for name, one in self.learner.trained.items() if one.scheduler
             },
-            "loss_scales": {name: one.sharding.precision.state_dict() for name, one in self.learner.trained.items()},
             "algorithm": self.model.algorithm.state_dict(),
             "callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks},
             "random": random_state(),
@@ -505,8 +521,8 @@ class RFTTrainer:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or another
-                number of ranks, or, from inside an iteration, another algorithm or sampling.
+            ValueError: the run it came from has another seed, other sizes, another optimizer or schedule, or, from
+                inside an iteration, another algorithm or sampling.
         """
         _check_same(state["run"], self._identity(), "set it back, or start anew")
         if state["samples"]:
@@ -519,18 +535,17 @@ class RFTTrainer:
         self.prompts.load_state_dict(state["prompts"])
         for name, scheduler in state["schedulers"].items():
             self.learner.trained[name].scheduler.load_state_dict(scheduler)
-        for name, scale in state["loss_scales"].items():
-            self.learner.trained[name].sharding.precision.load_state_dict(scale)
         self.model.algorithm.load_state_dict(state["algorithm"])
         for callback in self.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
-        set_random_state(state["random"])
+        if state["random"] is not None:
+            set_random_state(state["random"])
 
     def _identity(self) -> dict[str, Any]:
         names = ("seed", "prompts_per_iteration", "samples_per_prompt", "responses_per_update", "epochs_per_iteration")
         sizes = {name: getattr(self, name) for name in names}
-        return sizes | self.learner.settings | {"ranks": self.fabric.world_size}
+        return sizes | self.learner.settings
 
     def _begun_with(self) -> dict[str, Any]:
         """By what the responses and the batch of an iteration were made, beyond the weights."""
@@ -538,7 +553,8 @@ class RFTTrainer:
 
     def _check_sizes(self) -> None:
         sizes = ("max_iterations", "prompts_per_iteration", "samples_per_prompt", "responses_per_update")
-        for name in (*sizes, "epochs_per_iteration", "tokens_per_microbatch", "limit_val_prompts"):
+        further = ("epochs_per_iteration", "tokens_per_microbatch", "sequence_parallel_size", "limit_val_prompts")
+        for name in (*sizes, *further):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"trainer.{name} is {size}; it must be at least 1.")
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:

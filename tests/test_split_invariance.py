@@ -52,13 +52,13 @@ def test_the_cuts_are_what_they_are_called(measured: list[Measured]) -> None:
         assert sum(map(sum, one.micro_batches)) == 81
         assert one.cut == "uneven" or parts == [int(one.cut)] * one.ranks
     (uneven,) = (one for one in of(measured, "grpo") if one.cut == "uneven" and one.ranks == 2)
-    assert len({len(rank) for rank in uneven.micro_batches}) == 2 and len(set(uneven.micro_batches[0])) > 3
+    assert len(uneven.micro_batches[0]) > 4 and len(set(uneven.micro_batches[0])) > 3
 
 
 @pytest.mark.parametrize("row", HALF)
-def test_a_rank_without_a_trained_token_changes_nothing(measured: list[Measured], row: str) -> None:
+def test_a_rank_that_owns_no_trained_token_computes_those_of_another(measured: list[Measured], row: str) -> None:
     shared = [one for one in of(measured, row) if one.ranks == 2]
-    assert shared and all(one.micro_batches[0] and not one.micro_batches[1] for one in shared)
+    assert shared and all(sum(one.micro_batches[1]) > 0 for one in shared)
     assert all(one.difference <= TOLERANCE[one.precision] for one in shared)
 
 

@@ -205,7 +205,7 @@ def phases(roles: Sequence[Role], sampler: Sampler, checkpoints: bool, refills: 
     Args:
         roles: the models.
         sampler: the engine.
-        checkpoints: the run writes some: state is copied to host memory first.
+        checkpoints: the run copies its state to host memory, to write it while it goes on.
         refills: prompts are sampled in the phase ``score`` too.
     """
     rest, host = _joined(role.resting()[0] for role in roles), _joined(role.resting()[1] for role in roles)

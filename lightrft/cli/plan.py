@@ -27,7 +27,7 @@ from lightrft.lightning_modules.footprint import (
 )
 from lightrft.module import RFTModule
 from lightrft.ops import split_by_tokens
-from lightrft.strategies import Placement, placement_of
+from lightrft.strategies import Layout, Placement, placement_of
 from lightrft.trainer import RFTTrainer
 
 
@@ -95,24 +95,19 @@ class Sizes:
         """Of a trainer on ``ranks``.
 
         Raises:
-            ValueError: a prompt and a response are longer than the context.
+            ValueError: a prompt and a response are longer than the context, or the ranks cannot be grouped.
         """
-        new, parallel = trainer.rollout.sampling.max_new_tokens, getattr(trainer, "sequence_parallel_size", 1)
-        if ranks % parallel:
-            raise ValueError(f"trainer.sequence_parallel_size={parallel} must divide the {ranks} ranks.")
+        new, parallel = trainer.rollout.sampling.max_new_tokens, trainer.sequence_parallel_size
+        groups, budget = Layout(ranks, 0, parallel).groups, trainer.tokens_per_microbatch * parallel
         prompt = min(prompt_tokens, context_tokens - new)
         if prompt < 1:
             raise ValueError(
                 f"sampling.max_new_tokens {new} leaves no room for a prompt in the model's context of {context_tokens}."
             )
-        groups, length = ranks // parallel, prompt + new
-        rows = trainer.responses_per_update // groups
+        length, rows = prompt + new, trainer.responses_per_update // groups
         responses = trainer.prompts_per_iteration * trainer.samples_per_prompt
-        parts = split_by_tokens([length] * rows, trainer.tokens_per_microbatch)
-        evaluated, largest = (
-            _fullest(count, length, new, trainer.tokens_per_microbatch, parallel)
-            for count in (responses // groups, rows)
-        )
+        parts = split_by_tokens([length] * rows, budget)
+        evaluated, largest = (_fullest(count, length, new, budget, parallel) for count in (responses // groups, rows))
         return cls(ranks, parallel, responses // ranks, rows, len(parts), evaluated, largest, prompt, new)
 
     def told(self) -> str:
@@ -161,7 +156,7 @@ class Plan:
         self.phases = phases(
             [self._role(name, model) for name, model in self._models().items()],
             self._sampler(),
-            checkpoints=trainer.checkpoint_callback is not None,
+            checkpoints=getattr(trainer.checkpoint_callback, "asynchronous", False),
             refills=bool(module.algorithm.refill_rounds),
         )
 
@@ -231,13 +226,15 @@ class Plan:
             pushing(weights.largest, dtype.itemsize + (own if gathers else 0)),
             pushing(weights.adapted, dtype.itemsize + own * (3 + gathers)),
         )
-        rows, sampling = min(engine.sequences_per_batch, self.sizes.rows_per_iteration), self.trainer.rollout.sampling
+        # Ranks that hold one engine together draw the responses of them all.
+        split, sampling = engine.tensor_parallel_size, self.trainer.rollout.sampling
+        rows = min(engine.sequences_per_batch, self.sizes.rows_per_iteration * split)
         return Sampler(
-            weights=(weights.all - adapters) * dtype.itemsize,
+            weights=(weights.all - adapters) * dtype.itemsize // split,
             asleep=asleep,
             pushing=pushed,
             generating=generating(
-                _decoder(self.module.actor),
+                _decoder(self.module.actor, split),
                 rows,
                 math.ceil(rows / self.trainer.samples_per_prompt),
                 self.sizes.prompt_tokens,
@@ -282,8 +279,8 @@ class Plan:
             first = [] if model.gradient_checkpointing or what == "logits" else ["set gradient_checkpointing: true"]
             smaller = f"lower trainer.tokens_per_microbatch (now {trainer.tokens_per_microbatch})"
             long = self.sizes.prompt_tokens + self.sizes.new_tokens
-            if trainer.tokens_per_microbatch <= long:
-                smaller = "lower sampling.max_new_tokens: one sequence alone fills a micro-batch"
+            if trainer.tokens_per_microbatch * self.sizes.parallel <= long:
+                smaller = "raise trainer.sequence_parallel_size, for one sequence alone fills a micro-batch"
             replicated = placement.optimizer_shards == 1
             return [*first, smaller, *(self._sharding(placement) if replicated else [])]
         lora = [] if model.lora is not None else [f"set lora on the {role if role == 'critic' else 'actor'}"]
@@ -305,16 +302,17 @@ def _listed(terms: dict[str, int]) -> str:
     return ", ".join(f"{name} {terms[name] / GIB:.2f}" for name in shown)
 
 
-def _decoder(actor: LanguageBackbone) -> Decoder:
+def _decoder(actor: LanguageBackbone, split: int) -> Decoder:
+    """One of ``split`` ranks' part, but for the vocabulary: the distributions that tokens are drawn from are whole."""
     config = actor.transformer.config.get_text_config()
     heads = config.num_attention_heads
     return Decoder(
         layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        heads=heads // split,
+        kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // split,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        intermediate=(getattr(config, "intermediate_size", None) or 4 * config.hidden_size) // split,
         vocabulary=actor.transformer.get_input_embeddings().num_embeddings,
     )
 

@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightrft.engines.base import Engine, EngineError
+from lightrft.engines.group import EngineGroup
 
 if TYPE_CHECKING:
     from lightrft.engines.transformers_engine import TransformersEngine
 
-__all__ = ["Engine", "EngineError", "TransformersEngine"]
+__all__ = ["Engine", "EngineError", "EngineGroup", "TransformersEngine"]
 
 # Imported on first use: an engine's libraries take seconds to import, and a run uses one engine.
 _ENGINES = {"TransformersEngine": "lightrft.engines.transformers_engine"}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
+
+if TYPE_CHECKING:
+    from lightrft.engines.group import EngineGroup
 
 WakePart = Literal["weights", "cache"]
 
@@ -24,10 +27,16 @@ class Engine:
     The constructor is cheap (it runs in every process before ranks exist); :meth:`start` builds the model. A started
     engine holds *no* usable weights until the first :meth:`update_weights`.
 
+    An engine may lie over several ranks (:class:`~lightrft.engines.EngineGroup`). Each of them has an object of this
+    class, and every method is then collective: all ranks of the group call it, in the same order and with the same
+    arguments, and each gets the whole result.
+
     Attributes:
+        tensor_parallel_size: ranks that hold the engine together.
         weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
     """
 
+    tensor_parallel_size: int = 1
     weight_version: int = -1
 
     @property
@@ -35,23 +44,24 @@ class Engine:
         """Dtype the engine computes in; pushed tensors are cast to it. ``None`` keeps the trainer's."""
         return None
 
-    def start(self, config: Any, tokenizer: Any, device: torch.device) -> None:
+    def start(self, config: Any, tokenizer: Any, device: torch.device, group: EngineGroup | None = None) -> None:
         """Build the model from a ``transformers`` config.
 
         Args:
             config: ``PretrainedConfig`` of the actor.
             tokenizer: ``PreTrainedTokenizerBase`` of the actor (end of sequence, padding, decoding).
             device: where this rank computes.
+            group: the ``tensor_parallel_size`` ranks that hold the engine; ``None`` is this rank alone.
 
         Raises:
-            EngineError: the model cannot be served; says why.
+            EngineError: the model cannot be served, or not by a group of that size; says why.
         """
         raise NotImplementedError
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Response]]:
-        """Sample ``len(seeds[i])`` responses to ``prompts[i]``, in order.
+        """Sample ``len(seeds[i])`` responses to ``prompts[i]``, in order; there may be no prompts, or no seeds.
 
         Each response is drawn from its own seed: it does not depend on the batch it is in.
 
@@ -62,11 +72,14 @@ class Engine:
         raise NotImplementedError
 
     def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """Untruncated log-probs at temperature 1 of tokens 1.. of each int64 ``[L]`` sequence: float32 ``[L - 1]``."""
+        """Untruncated log-probs at temperature 1 of tokens 1.. of each int64 ``[L]`` sequence: float32 ``[L - 1]``.
+
+        There may be no sequences.
+        """
         raise NotImplementedError
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights, names as in the actor's ``transformers`` model. Caches of old weights are dropped.
+        """Take new weights, names as in the actor's ``transformers`` model, each whole. Caches of old ones are dropped.
 
         Raises:
             EngineError: an unknown name, a wrong shape; names it. The weights are then unusable until a full push.
@@ -74,7 +87,7 @@ class Engine:
         raise NotImplementedError
 
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        """Fingerprints, computed inside the engine, of the weights it computes with."""
+        """Fingerprints, computed inside the engine, of the weights it computes with; of whole tensors."""
         raise NotImplementedError
 
     def sleep(self, level: int = 1) -> None:

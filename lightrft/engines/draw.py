@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightrft.engines.group import EngineGroup
 from lightrft.samples import Sampling
 
 
@@ -82,20 +83,23 @@ class SeededDraw(LogitsProcessor):
     Args:
         uniforms: float64 ``[B, T]``, one number per row and step, on the scores' device.
         prompt_tokens: length of the padded prompts, by which the step is known.
+        group: ranks that draw the same tokens, those of the first. Their scores may differ by rounding, and a token
+            that only some of them drew would have them wait for each other for ever.
 
     Attributes:
         log_probs: float32 ``[B, T]`` nats of the drawn tokens under the distribution they were drawn from.
     """
 
-    def __init__(self, uniforms: Tensor, prompt_tokens: int) -> None:
+    def __init__(self, uniforms: Tensor, prompt_tokens: int, group: EngineGroup) -> None:
         self.log_probs = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
         self._uniforms = uniforms
         self._prompt_tokens = prompt_tokens
+        self._group = group
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._prompt_tokens
         log_probs = scores.float().log_softmax(-1)
-        token = inverse_cdf(log_probs, self._uniforms[:, step])[:, None]
+        token = self._group.first(inverse_cdf(log_probs, self._uniforms[:, step]))[:, None]
         self.log_probs[:, step] = log_probs.gather(1, token).squeeze(1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 

@@ -21,8 +21,10 @@ from transformers import (
 
 from lightrft.engines.base import Engine, EngineError, WakePart
 from lightrft.engines.draw import SeededDraw, uniforms, warpers
+from lightrft.engines.group import EngineGroup
 from lightrft.engines.prefill import cache_argument, can_share_prefill, shared_prefill
 from lightrft.engines.stopping import Detokenizer, StopStrings, before_stop, response_length
+from lightrft.engines.tensor_parallel import place, without_parameters
 from lightrft.engines.weights import Weights
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
@@ -41,16 +43,28 @@ class TransformersEngine(Engine):
     Args:
         dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's.
         sequences_per_batch: most responses generated at once; lower it when memory runs out.
+        tensor_parallel_size: contiguous ranks that hold one model together, split by ``transformers``' own plan for the
+            architecture; for a model that is too large for one device. It must divide the number of ranks, the heads
+            (key and value heads too), the vocabulary and the intermediate size.
+
+    Raises:
+        ValueError: an unknown dtype, or a number below 1.
     """
 
     def __init__(
-        self, dtype: Literal["float32", "bfloat16", "float16"] | None = None, sequences_per_batch: int = 256
+        self,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        sequences_per_batch: int = 256,
+        tensor_parallel_size: int = 1,
     ) -> None:
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16, float16 or null.")
         if sequences_per_batch < 1:
             raise ValueError(f"sequences_per_batch is {sequences_per_batch}; it must be at least 1.")
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size is {tensor_parallel_size}; it must be at least 1.")
         self.sequences_per_batch = sequences_per_batch
+        self.tensor_parallel_size = tensor_parallel_size
         self._wanted_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self._model: Any = None
         self._closed = False
@@ -61,13 +75,20 @@ class TransformersEngine(Engine):
         """As asked for in the constructor; once started, what the model is really in."""
         return self._wanted_dtype if self._model is None else self._model.dtype
 
-    def start(self, config: Any, tokenizer: Any, device: torch.device) -> None:
+    def start(self, config: Any, tokenizer: Any, device: torch.device, group: EngineGroup | None = None) -> None:
         if self._model is not None:
             raise EngineError("TransformersEngine is started; close it before it starts anew.")
+        self._group = group or EngineGroup()
+        if self._group.size != self.tensor_parallel_size:
+            raise EngineError(
+                f"TransformersEngine has tensor_parallel_size={self.tensor_parallel_size}, but was started on a group "
+                f"of {self._group.size}; pass EngineGroup({self.tensor_parallel_size})."
+            )
         self._closed, self._asleep = False, set()
         self._device = torch.device(device)
-        self._model = _build(copy.deepcopy(config), self._wanted_dtype, self._device)
-        self._weights = Weights(self._model)
+        model = _build(copy.deepcopy(config), self._wanted_dtype, self._device)
+        self._weights = Weights(model, place(model, self._group, self._device), self._group)
+        self._model = model
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_ids = _stop_ids(self._model, tokenizer)
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stop_ids, default=0)
@@ -203,7 +224,7 @@ class TransformersEngine(Engine):
         token_ids, mask = self._left_pad([prompt.token_ids for prompt in prompts])
         rows = torch.tensor(row_of, device=self._device)
         length = token_ids.shape[1]
-        draw = SeededDraw(uniforms(seeds, sampling.max_new_tokens).to(self._device), length)
+        draw = SeededDraw(uniforms(seeds, sampling.max_new_tokens).to(self._device), length, self._group)
         stopping = StopStrings(strings, stop_ids, len(row_of), self._detokenizer) if strings else None
         with self._computing():
             shared: dict[str, Any] = {}
@@ -291,13 +312,13 @@ class TransformersEngine(Engine):
 
 
 def _build(config: Any, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """The model on ``device`` with meaningless weights, the generators of this process left as they were."""
+    """The model with buffers on ``device`` and parameters nowhere, the generators of this process left as they were."""
     auto = AutoModelForCausalLM
     if type(config) not in AutoModelForCausalLM._model_mapping:
         auto = AutoModelForMultimodalLM
     dtype = dtype or config.dtype or torch.get_default_dtype()
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.device(device):
+    with torch.random.fork_rng(devices=cuda), torch.device(device), without_parameters():
         try:
             # Built in its dtype rather than cast: buffers such as rotary frequencies keep float32, as when loaded.
             model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightrft.engines.base import EngineError
-from lightrft.ops.fingerprint import Fingerprint, fingerprint
+from lightrft.engines.group import EngineGroup
+from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+from lightrft.ops.shard import Shard
 
 
 class Weights:
@@ -16,18 +18,21 @@ class Weights:
 
     Args:
         model: on the device it computes on.
+        shards: which part of its whole each of the model's tensors is that is split over ``group``.
+        group: the ranks that hold the model together.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shards: Mapping[Tensor, Shard], group: EngineGroup) -> None:
+        self._shards, self._group = shards, group
         state = model.state_dict(keep_vars=True)
         self._named: dict[str, Tensor] = {name: item for name, item in state.items() if isinstance(item, Tensor)}
         self._placed = {id(weight): (weight, weight.shape, weight.device) for weight in self._named.values()}
 
     def push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
-        """Copy ``tensors`` in, cast to each weight's dtype.
+        """Copy ``tensors`` in, cast to each weight's dtype; of a split weight this rank's part.
 
         Args:
-            tensors: name and tensor, one after the other.
+            tensors: name and whole tensor, one after the other.
             complete: whether every weight must be among them.
 
         Raises:
@@ -36,13 +41,15 @@ class Weights:
         pushed: set[int] = set()
         for name, tensor in tensors:
             weight = self._find(name)
-            if weight.shape != tensor.shape:
+            shard = self._shards.get(weight)
+            shape = shard.whole if shard else tuple(weight.shape)
+            if shape != tensor.shape:
                 raise EngineError(
                     f"Weight {name!r} was pushed with shape {tuple(tensor.shape)}, but the engine's is "
-                    f"{tuple(weight.shape)}; start the engine from the actor's own config."
+                    f"{shape}; start the engine from the actor's own config."
                 )
             with torch.no_grad():
-                weight.copy_(tensor)
+                weight.copy_(shard.of(tensor) if shard else tensor)
             pushed.add(id(weight))
         missing = [name for name, weight in self._named.items() if id(weight) not in pushed] if complete else []
         if missing:
@@ -52,12 +59,16 @@ class Weights:
             )
 
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        """Fingerprints by name.
+        """Fingerprints by name; of a split weight the whole's, to which every rank of the group gives its part.
 
         Raises:
             EngineError: an unknown name.
         """
-        return {name: fingerprint(self._find(name)) for name in names}
+        found = {name: self._find(name) for name in names}
+        prints = {name: fingerprint(weight, self._shards.get(weight)) for name, weight in found.items()}
+        split = {name for name, weight in found.items() if weight in self._shards}
+        everyones = self._group.everyone({name: prints[name] for name in split})
+        return prints | {name: joined(part[name] for part in everyones) for name in split}
 
     def offload(self) -> None:
         """Move to host memory."""

@@ -34,7 +34,7 @@ def varlen_attention(
     Returns:
         ``[N, H_q, D_v]``.
     """
-    query, key, value = (autocast(states) for states in (query, key, value))
+    query, key, value = (in_autocast_dtype(states) for states in (query, key, value))
     if query.is_cuda and has_kernel(query, value):
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         return kernel_attention(query, key, value, cu_seqlens, longest, scale, window)
@@ -64,7 +64,7 @@ def kernel_attention(
     )
 
 
-def autocast(states: Tensor) -> Tensor:
+def in_autocast_dtype(states: Tensor) -> Tensor:
     """Norms of queries and keys leave them in float32, beside values in half precision: no kernel takes such a mix."""
     device = states.device.type
     if states.dtype == torch.float32 and torch.is_autocast_enabled(device):

@@ -42,6 +42,7 @@ def log_probs_and_entropy(
     *,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
+    least_chunks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of its distribution, ``chunk_tokens`` rows of logits at a time.
 
@@ -55,6 +56,7 @@ def log_probs_and_entropy(
         head: maps ``[C, H]`` to logits ``[C, V]``; may hold parameters.
         temperature: divides the logits.
         chunk_tokens: rows at a time.
+        least_chunks: call the head as often, on no rows in the end: where each call is collective over ranks.
 
     Returns:
         ``(log_probs, entropy)``, each ``[M]`` in nats, at least float32.
@@ -65,12 +67,14 @@ def log_probs_and_entropy(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return _LogProbEntropy.apply(logits if temperature == 1 else logits / temperature, t)
 
-    if len(targets) <= chunk_tokens:
+    if len(targets) <= chunk_tokens and least_chunks <= 1:
         return chunk(hidden, targets)
     recompute = torch.is_grad_enabled()
+    pieces = list(zip(hidden.split(chunk_tokens), targets.split(chunk_tokens)))
+    pieces += [(hidden[:0], targets[:0])] * (least_chunks - len(pieces))
     parts = [
         checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False) if recompute else chunk(h, t)
-        for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
+        for h, t in pieces
     ]
     log_probs, entropy = zip(*parts)
     return torch.cat(log_probs), torch.cat(entropy)

@@ -102,11 +102,17 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     alone = [[row] for row in order if lengths[row] > budget]
     rest = order[len(alone) :]
-    # No fewer will do: all tokens must fit, and no two rows of more than half the budget fit together.
-    count = max(1, -(-sum(lengths[row] for row in rest) // budget), sum(2 * lengths[row] > budget for row in rest))
+    count = max(1, fewest_parts([lengths[row] for row in rest], budget))
     while (shared := _emptiest_first(rest, lengths, budget, count)) is None:
         count += 1
     return alone + [sorted(rows) for rows in shared if rows]
+
+
+def fewest_parts(lengths: Sequence[int], budget: int) -> int:
+    """Micro-batches that sequences need at least within a token budget, each longer one alone."""
+    rest = [length for length in lengths if length <= budget]
+    # All tokens must fit, and no two rows of more than half the budget fit together.
+    return len(lengths) - len(rest) + max(-(-sum(rest) // budget), sum(2 * length > budget for length in rest))
 
 
 def _emptiest_first(order: list[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:

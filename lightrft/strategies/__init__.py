@@ -6,6 +6,7 @@ from lightrft.strategies.base import Sharding
 from lightrft.strategies.choice import STRATEGIES, make_fabric, placement_of, sharding_of
 from lightrft.strategies.fully_sharded import FSDP2
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.layout import Layout
 from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import leave_together
 from lightrft.strategies.replicated import DDP
@@ -17,6 +18,7 @@ __all__ = [
     "DDP",
     "FSDP2",
     "STRATEGIES",
+    "Layout",
     "Placement",
     "Roles",
     "ScaledFloat16",

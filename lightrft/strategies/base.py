@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,6 +13,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightrft.strategies import state
+from lightrft.strategies.state import State
 
 
 class Sharding:
@@ -45,6 +48,23 @@ class Sharding:
     def gather(self, values: Tensor) -> Tensor:
         """One-dimensional tensors of all ranks, of any length, joined in their order; on the host. Collective."""
         return torch.cat(self.everyone(values.detach().cpu()))
+
+    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send every rank its part, and get what each has for this one. Collective.
+
+        Args:
+            parts: uint8, for each rank, on the host.
+            sizes: bytes that each rank has for this one.
+
+        Returns:
+            uint8, of each rank, on the host.
+        """
+        if self.fabric.world_size == 1:
+            return list(parts)
+        sent = torch.cat(list(parts)).to(self.fabric.device)
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, list(sizes), [len(part) for part in parts])
+        return list(received.cpu().split(list(sizes)))
 
     def together(self, work: Callable[[], None]) -> None:
         """Do what may fail on one rank alone, and fail on all: the others would wait for it. Collective.
@@ -97,10 +117,25 @@ class Sharding:
         """
         raise NotImplementedError
 
-    def save(self, folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
-        """Write weights and optimizer state into ``folder``, on all ranks together."""
-        raise NotImplementedError
+    def snapshot(self, module: Any, optimizer: Any) -> State:
+        """This rank's part of the state of what :meth:`setup` returned, copied to host memory. Collective.
 
-    def load(self, folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
-        """Read what :meth:`save` wrote; ``optimizer=None`` reads the weights alone."""
-        raise NotImplementedError
+        Each tensor is in the part of one rank, or divided over all; :func:`lightrft.strategies.state.write` makes a
+        folder of the parts.
+        """
+        return state.snapshot(module.module, optimizer, self.precision.state_dict())
+
+    def load(self, folder: Path, module: Any, optimizer: Any | None) -> None:
+        """Read what any strategy wrote on any number of ranks; ``optimizer=None`` reads the weights alone. Collective.
+
+        Raises:
+            ValueError: the weights or the optimizer's parameters are others.
+        """
+        scaler = state.restore(folder, module.module, optimizer, self.precision.state_dict())
+        if optimizer is not None:
+            self.precision.load_state_dict(scaler)
+
+    def state_bytes(self, module: nn.Module) -> int:
+        """What :meth:`snapshot` of all ranks takes: weights, and two moments of each trained one in Adam."""
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
+        return sum(size * (3 if trained else 1) for size, trained in sizes)

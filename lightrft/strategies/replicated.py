@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +16,6 @@ from lightrft.strategies.base import Sharding
 from lightrft.strategies.half_precision import ScaledFloat16
 from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import TIMEOUT, backend_for
-
-_FILE = "model.pt"
 
 
 class DDP(DDPStrategy):
@@ -76,13 +73,3 @@ class Replicated(Sharding):
         if isinstance(self.precision, ScaledFloat16):
             self.precision.after_step(math.isfinite(norm))
         return norm
-
-    def save(self, folder: Path, module: nn.Module, optimizer: Optimizer) -> None:
-        if self.fabric.is_global_zero:
-            torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict()}, folder / _FILE)
-
-    def load(self, folder: Path, module: nn.Module, optimizer: Optimizer | None) -> None:
-        state = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["module"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])

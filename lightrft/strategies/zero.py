@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -19,9 +20,11 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightrft.strategies import zero_state
 from lightrft.strategies.placement import Part, Placement
 from lightrft.strategies.process_group import TIMEOUT, backend_for
 from lightrft.strategies.replicated import Replicated
+from lightrft.strategies.state import State
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -107,6 +110,8 @@ class ZeRO(DeepSpeedStrategy):
         _init_dist_connection(
             self.cluster_environment, self._process_group_backend, timeout=self._timeout, device_id=device_id
         )
+        # On a CPU it would first compile an operator that serves its inference alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
 
     def _initialize_engine(self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None) -> Any:
@@ -129,7 +134,16 @@ class ZeRO(DeepSpeedStrategy):
 class DividedByZeRO(Replicated):
     """ZeRO behind the common surface."""
 
+    def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+        self._keep_in_step(module)
+        return super().setup(module, optimizer)
+
+    def _keep_in_step(self, module: Any) -> None:
+        # Stage 3 gathers a weight whenever its layer is called: a head that works in pieces, for each of them.
+        module.head_in_step = self.fabric.strategy.stage == 3
+
     def setup_frozen(self, module: nn.Module) -> Any:
+        self._keep_in_step(module)
         if self.fabric.strategy.stage == 3:
             engine = self.fabric.strategy.setup_module(module)
             engine.eval()
@@ -158,6 +172,17 @@ class DividedByZeRO(Replicated):
         optimizer.step()
         norm = float(engine.optimizer._global_grad_norm)
         return math.inf if engine.optimizer.overflow else norm
+
+    def snapshot(self, module: Any, optimizer: Any) -> State:
+        return zero_state.snapshot(module._forward_module)
+
+    def load(self, folder: Path, module: Any, optimizer: Any | None) -> None:
+        zero_state.restore(folder, module._forward_module, with_optimizer=optimizer is not None)
+
+    def state_bytes(self, module: nn.Module) -> int:
+        # Stage 3 leaves nothing in place; master weights and moments are float32.
+        numels = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in module.parameters()]
+        return sum(numel * (3 * max(size, 4) if trained else size) for numel, size, trained in numels)
 
 
 _COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}

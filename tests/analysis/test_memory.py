@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainer import tiny_run
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightrft.analysis.live_bytes import LiveBytes
 from lightrft.analysis.memory import Decoder, Phase, Role, Sampler, generating, phases, pushing
@@ -92,8 +92,8 @@ def test_an_engines_peak_is_what_generating_says(
     actor = tiny_run.actor(inputs)
     engine, new = TransformersEngine(), 64
     engine.start(config, actor.tokenizer, torch.device("cpu"))
+    engine.update_weights(AutoModelForCausalLM.from_config(config).state_dict().items(), 0)
     state = engine._model.state_dict(keep_vars=True)
-    engine.update_weights(((name, tensor.detach().clone()) for name, tensor in state.items()), 0)
     engine._stop_ids = frozenset()
     # Of different lengths, so that there is padding and with it a mask.
     prompts = [Prompt(str(n), torch.full((prompt_tokens - n,), 3), "", None, None) for n in range(4)]

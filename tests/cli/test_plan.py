@@ -105,6 +105,28 @@ def test_devices_that_are_not_here_are_planned_for(told: Told) -> None:
     assert apart["score"]["reference weights"] * 4 == apart["score"]["actor weights"]
 
 
+def test_ranks_that_share_sequences_hold_a_part_of_their_activations(told: Told) -> None:
+    def activations(*arguments: str) -> int:
+        found = numbers(told("--json=true", "--device_memory_gib=80", "--trainer.devices=4", *arguments))
+        return found["update actor"]["actor activations"]
+
+    budget = ["--trainer.tokens_per_microbatch=1152"]
+    whole = activations("--trainer.tokens_per_microbatch=2304")
+    assert activations("--trainer.sequence_parallel_size=2", *budget) == pytest.approx(whole / 2, rel=0.05)
+    with pytest.raises(ValueError, match=r"sequence_parallel_size=3 does not divide 4 rank"):
+        activations("--trainer.sequence_parallel_size=3", *budget)
+
+
+def test_an_engine_over_two_ranks_holds_half_of_its_weights_on_each(config: dict[str, Any], told: Told) -> None:
+    engine = config["trainer"]["callbacks"][0]["init_args"]["engine"]
+    found = []
+    for size in (1, 2):
+        engine["init_args"] = {"tensor_parallel_size": size}
+        text = told("--json=true", "--device_memory_gib=80", "--trainer.devices=2")
+        found.append(numbers(text)["rollout"]["engine weights"])
+    assert found[1] * 2 == found[0]
+
+
 def test_an_update_that_ranks_cannot_share_is_refused_as_by_fit(told: Told) -> None:
     with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
         told("--trainer.devices=3")

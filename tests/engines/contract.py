@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from lightrft.engines import Engine, EngineError
+from lightrft.engines import Engine, EngineError, EngineGroup
 from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Prompt, Response, Sampling
 
@@ -136,6 +136,11 @@ class EngineContract:
     def make() -> Engine:
         raise NotImplementedError
 
+    @staticmethod
+    def group() -> EngineGroup:
+        """The ranks that hold the engine."""
+        return EngineGroup()
+
     @pytest.fixture(scope="class")
     @classmethod
     def started(cls) -> Iterator[Callable[[], Engine]]:
@@ -147,7 +152,7 @@ class EngineContract:
                 engines.pop().close()
             if not engines:
                 engines.append(cls.make())
-                engines[0].start(world().config, world().tokenizer, cls.device)
+                engines[0].start(world().config, world().tokenizer, cls.device, cls.group())
             return engines[0]
 
         yield engine
@@ -370,6 +375,11 @@ class EngineContract:
         assert engine.generate([], Sampling(max_new_tokens=2), []) == []
         groups = engine.generate([prompt(3), prompt(4)], Sampling(max_new_tokens=2), [[], [1]])
         assert [len(group) for group in groups] == [0, 1]
+        assert engine.generate([prompt(3)], Sampling(max_new_tokens=2), [[]]) == [[]]
+
+    def test_no_sequences_give_no_scores_and_one_token_an_empty_one(self, engine):
+        assert engine.score([]) == []
+        assert [score.shape for score in engine.score([torch.tensor([3])])] == [(0,)]
 
     def test_the_processs_random_state_is_left_alone(self, engine):
         before = torch.get_rng_state()

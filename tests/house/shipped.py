@@ -40,6 +40,7 @@ FLOORS = {
     "lightrft.scoring": 3,
     "lightrft.trained": 3,
     "lightrft.trainer": 3,
+    "lightrft.workload": 3,
     "lightrft.callbacks": 4,
     "lightrft.lightning_modules": 4,
     "lightrft.cli": 5,

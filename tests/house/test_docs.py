@@ -236,6 +236,20 @@ def test_the_learning_table_is_that_of_the_results(monkeypatch: pytest.MonkeyPat
     assert list(results["runs"]) == list(PRESETS)
 
 
+# --- balance ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_balance_is_that_of_the_results_and_they_meet_the_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import balance
+
+    assert json.loads(balance.LENGTHS.read_text()) == balance.sample()
+    results = json.loads(balance.RESULTS.read_text())
+    assert balance.page(results) == balance.PAGE.read_text(), "run: make balance"
+    assert balance.compute()["cases"] == results["cases"], "run: make balance"
+    assert all(max(balance.of_goal(one)) <= balance.GOAL for one in results["cases"])
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 

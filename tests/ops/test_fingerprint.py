@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.ops.fingerprint import Fingerprint, fingerprint
+from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+from lightrft.ops.shard import Shard
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int64]
 
@@ -83,3 +84,21 @@ def test_empty_scalar_and_not_a_number_have_fingerprints():
 def test_the_numbers_are_the_same_in_every_process_and_version():
     print_ = fingerprint(torch.arange(-8, 8, dtype=torch.float32))
     assert print_.checksum == 9229807517679222784
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_parts_of_a_tensor_join_to_the_fingerprint_of_the_whole(dtype, dim, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("lightrft.ops.fingerprint"), "_CHUNK", 64)
+    whole = sample(dtype, 4 * 6 * 12).view(4, 6, 12)
+    shards = [Shard((4, 6, 12), dim, index, 2) for index in range(2)]
+    parts = [fingerprint(shard.of(whole), shard) for shard in shards]
+    assert joined(parts) == fingerprint(whole)
+    assert joined(parts).difference(fingerprint(whole)) == pytest.approx(0, abs=1e-9)
+    assert joined(parts) != joined(fingerprint(shard.of(whole), other) for shard, other in zip(shards, shards[::-1]))
+    assert all(shard.of(whole).shape == shard.shape for shard in shards)
+
+
+def test_a_dimension_that_does_not_divide_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="6 elements cannot be cut into 4"):
+        Shard((4, 6), 1, 0, 4)

@@ -73,8 +73,10 @@ def _skipped(inputs: str, name: str) -> tuple[bool, list[bool], bool]:
     norms.append(train_step(sharding, module, optimizer))
     weights.append(exported(actor))
     same = all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    return same, [math.isfinite(norm) for norm in norms], any(
-        not torch.equal(weights[1][key], weights[2][key]) for key in weights[0]
+    return (
+        same,
+        [math.isfinite(norm) for norm in norms],
+        any(not torch.equal(weights[1][key], weights[2][key]) for key in weights[0]),
     )
 
 
@@ -104,11 +106,31 @@ def test_the_norm_is_of_the_whole_gradient_and_clips_it(inputs: str, name: str) 
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
+# --- a head that works in pieces --------------------------------------------------------------------------------------
+
+
+def _in_pieces(inputs: str, name: str) -> tuple[float, dict[str, Tensor]]:
+    fabric, sharding = launched(name)
+    actor = new_actor(inputs)
+    actor.head_chunk_tokens = 2 if fabric.global_rank else 50  # many pieces on one rank, one on the other
+    module, optimizer = sharding.setup(actor, torch.optim.SGD(actor.parameters(), lr=1.0))
+    return train_step(sharding, module, optimizer), exported(actor)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_ranks_may_need_other_numbers_of_pieces_of_the_head(inputs: str, name: str) -> None:
+    norm, weights = on_ranks(2, _in_pieces, inputs, name)[0]
+    expected, whole_weights = on_ranks(2, _in_pieces, inputs, "ddp")[0]
+    assert norm == pytest.approx(expected, rel=1e-5)
+    for key, weight in whole_weights.items():
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5)
+
+
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
 
 
 def _sharded(inputs: str, tied: bool) -> dict[str, tuple[bool, int]]:
-    fabric, sharding = launched("fsdp2")
+    _, sharding = launched("fsdp2")
     actor = new_actor(inputs, config={**tiny_run.QWEN2, "tie_word_embeddings": tied})
     sharding.setup(actor, torch.optim.AdamW(actor.parameters()))
     return {
@@ -153,7 +175,7 @@ def test_rank_0_loads_and_the_others_get_their_shards(inputs: str, lora: bool) -
 
 
 def _hybrid(inputs: str) -> list[tuple[int, ...]]:
-    fabric, sharding = launched(FSDP2(replicas=2), devices=4)
+    _, sharding = launched(FSDP2(replicas=2), devices=4)
     actor = new_actor(inputs)
     module, optimizer = sharding.setup(actor, torch.optim.AdamW(actor.parameters()))
     train_step(sharding, module, optimizer)

@@ -279,10 +279,8 @@ def test_8_a_run_that_went_well_leaves_no_process_group_behind(name: str, tmp_pa
 
 def _heard(name: str) -> bool:
     fabric, model, optimizer = launched("ddp")
-    if name == "ours":
-        module, optimizer = sharding_of(fabric).setup(model, optimizer)
-    else:
-        module, optimizer = fabric.setup(model, optimizer)
+    setup = sharding_of(fabric).setup if name == "ours" else fabric.setup
+    setup(model, optimizer)
     return model in fabric._callbacks
 
 

@@ -21,6 +21,7 @@ import torch
 from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
 from lightrft.callbacks import RFTCheckpoint
+from lightrft.checkpoint import manifest
 
 torch.set_num_threads(1)
 BOUNDARIES = 18  # three iterations of rollout, score, advantages, two updates, end
@@ -29,25 +30,51 @@ BOUNDARIES = 18  # three iterations of rollout, score, advantages, two updates, 
 class KillAfterSaving(RFTCheckpoint):
     """SIGKILL when the checkpoint of the n-th boundary is written."""
 
-    def __init__(self, boundary: int) -> None:
-        super().__init__(every_n_iterations=1, at="phase")
+    def __init__(self, boundary: int, asynchronous: bool = False) -> None:
+        super().__init__(every_n_iterations=1, at="phase", asynchronous=asynchronous)
         self.boundary = boundary
 
     def on_phase_end(self, trainer: Any, pl_module: Any, phase: str) -> None:
         super().on_phase_end(trainer, pl_module, phase)
         self.boundary -= 1
         if self.boundary == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _kill()
 
 
-class KillBeforeSaving(KillAfterSaving):
-    """SIGKILL at the n-th boundary, its checkpoint written but not yet under its final name."""
+class KillInTheBackground(KillAfterSaving):
+    """SIGKILL while the n-th boundary's checkpoint is being written and the loop goes on.
 
-    def save(self, trainer: Any) -> Path:
+    Attributes:
+        step: what the background never comes back from.
+    """
+
+    step: str
+
+    def __init__(self, boundary: int) -> None:
+        super().__init__(boundary, asynchronous=True)
+
+    def on_phase_end(self, trainer: Any, pl_module: Any, phase: str) -> None:
         if self.boundary == 1:
-            with mock.patch.object(Path, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
-                return super().save(trainer)
-        return super().save(trainer)
+            self._wait()  # the earlier one is not the one to be killed
+            mock.patch.object(manifest, self.step, _kill).start()
+        self.boundary -= self.boundary != 1
+        RFTCheckpoint.on_phase_end(self, trainer, pl_module, phase)
+
+
+class KillWhileWriting(KillInTheBackground):
+    """Weights and loop are written, nothing says how they should read."""
+
+    step = "sums_of"
+
+
+class KillBeforeNaming(KillInTheBackground):
+    """All is written, under the hidden name."""
+
+    step = "text_of"
+
+
+def _kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -81,10 +108,9 @@ def run(inputs: Path, root: Path, name: str, callbacks: list[RFTCallback], ckpt_
 def final_state(root: Path) -> dict[str, Any]:
     """Weights, optimizer and loop of the last checkpoint, but for how long things took."""
     folder = max(root.glob("version_*/checkpoints/iteration-000003"), key=lambda path: path.stat().st_mtime_ns)
-    state = {
-        str(path.relative_to(folder)): torch.load(path, weights_only=True) for path in sorted(folder.rglob("*.pt"))
-    }
-    loop = state["rank-0.pt"]
+    models = [file.parent for file in folder.rglob(".metadata")]
+    state = {str(model.relative_to(folder)): tiny_run.saved_state(model) for model in models}
+    loop = state["loop"] = torch.load(folder / "rank-0.pt", weights_only=True)
     loop["metrics"] = {k: v for k, v in loop["metrics"].items() if not k.startswith(tiny_run.TIMINGS)}
     where = next(key for key in loop["callbacks"] if "Checkpoint" in key or "Saving" in key)
     loop["callbacks"].pop(where)  # folders, which differ
@@ -116,7 +142,8 @@ def main() -> None:
     inputs = Path(sys.argv[1])
     report = {}
     cases = [("grpo", KillAfterSaving, n) for n in range(1, BOUNDARIES)]
-    cases += [("grpo", KillBeforeSaving, n) for n in (2, 5, 6, 11)]
+    cases += [("grpo", kind, n) for kind, n in ((KillWhileWriting, 2), (KillWhileWriting, 9))]
+    cases += [("grpo", kind, n) for kind, n in ((KillBeforeNaming, 5), (KillBeforeNaming, 12))]
     # Of the others in the second iteration alone: all of its phases.
     cases += [(name, KillAfterSaving, n) for name in ("ppo", "dapo") for n in (7, 8, 9, 10, 12)]
     for algorithm in ALGORITHMS:

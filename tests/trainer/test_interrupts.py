@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from trainer import tiny_run
 
-from lightrft import checkpoint
 from lightrft.callback import RFTCallback
 from lightrft.callbacks import WeightSync
+from lightrft.checkpoint import Writer
 
 DRIVER = Path(__file__).with_name("stop_driver.py")
 
@@ -82,13 +82,13 @@ def test_hooks_of_a_finished_run_do_not_fire_but_the_engine_is_closed(inputs: Pa
 def test_a_boundary_that_is_saved_already_is_not_saved_again(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def count(folder: Path, trainer: Any) -> None:
+    def count(writer: Writer, folder: Path, then: Any) -> None:
         saved.append(folder.name)
-        save(folder, trainer)
+        begin(writer, folder, then)
 
     saved: list[str] = []
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", count)
+    begin = Writer.begin
+    monkeypatch.setattr(Writer, "begin", count)
     with pytest.raises(SystemExit):
         tiny_run.fit(inputs, tmp_path, [Signals(signal.SIGTERM, iteration=0), tiny_run.checkpoints(at="phase")])
     assert saved == ["iteration-000000-before-score-0"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerFast
 
 from lightrft.algorithms import Algorithm
@@ -30,6 +31,7 @@ from lightrft.lightning_modules import ActorModule, CriticModule
 from lightrft.module import RFTModule
 from lightrft.rewards import Component, FunctionReward, RewardInput, Scorer
 from lightrft.samples import Sampling
+from lightrft.strategies import state
 from lightrft.trainer import RFTTrainer
 
 # An exported folder, its model a Qwen2, is read with Qwen2's tokenizer class, which wants a token of this name.
@@ -160,6 +162,18 @@ def checkpoints(**options: Any) -> RFTCheckpoint:
     return RFTCheckpoint(**{"every_n_iterations": 1, **options})
 
 
+def saved_state(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint's model folder holds, by name."""
+    held = state.contents(folder)
+    tensors = {name for name, one in held.items() if isinstance(one, TensorStorageMetadata)}
+    return state.read(folder, {name: state.empty_like(held[name]) if name in tensors else None for name in held})
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's model weights by name."""
+    return {name: value for name, value in saved_state(folder).items() if name.startswith(state.MODEL)}
+
+
 def rows(log_dir: str | Path) -> dict[int, dict[str, str]]:
     """``metrics.csv`` by step, timings left out, empty cells too."""
     with (Path(log_dir) / "metrics.csv").open() as file:
@@ -171,6 +185,17 @@ def rows(log_dir: str | Path) -> dict[int, dict[str, str]]:
 
 def trajectories(log_dir: str | Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((Path(log_dir) / "trajectories").iterdir())}
+
+
+def responses(log_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of all ranks by step, sorted; log-probs left out, which differ by rounding."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((log_dir / "trajectories").iterdir()):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line.pop("log_probs")
+        found.setdefault(path.name.rsplit("-", 1)[0], []).extend(lines)
+    return {step: sorted(lines, key=json.dumps) for step, lines in found.items()}
 
 
 def flat(state: Any, prefix: str = "") -> dict[str, Any]:

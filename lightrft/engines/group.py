@@ -1,0 +1,78 @@
+"""The ranks over which one engine lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightrft.engines.base import EngineError
+
+Item = TypeVar("Item")
+
+
+class EngineGroup:
+    """Contiguous ranks that hold one engine together: group ``g`` is ranks ``g * size`` to ``g * size + size - 1``.
+
+    All ranks of a group call each of the engine's methods with the same arguments; groups work independently of each
+    other. A group of one is the rank itself, which talks to nobody.
+
+    Args:
+        size: ranks a group. Above 1, the constructor is collective over all ranks of the run.
+
+    Attributes:
+        rank: of this process within its group.
+
+    Raises:
+        EngineError: the run's ranks cannot be divided into such groups.
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if size < 1 or world_size % size:
+            raise EngineError(
+                f"An engine with tensor_parallel_size={size} lies over {size} ranks, and this run's {world_size} "
+                "cannot be divided into such groups; choose a divisor of the number of ranks."
+            )
+        self.size = size
+        self.rank = 0
+        if size > 1:
+            self._ranks: dist.ProcessGroup = dist.new_subgroups(size)[0]
+            self.rank = self._ranks.rank()
+
+    def everyone(self, item: Any) -> list[Any]:
+        """What every rank of the group gives, in their order. Pickled, so for small things."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self._ranks)
+        return items
+
+    def join(self, items: Sequence[Item]) -> tuple[list[Item], slice]:
+        """The items of all ranks of the group, in their order, and which of them are this rank's. Pickled."""
+        parts = self.everyone(list(items))
+        start = sum(len(part) for part in parts[: self.rank])
+        return [item for part in parts for item in part], slice(start, start + len(items))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the group, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self._ranks)
+        return values
+
+    def first(self, values: Tensor) -> Tensor:
+        """The tensor of the group's first rank, in place of every rank's own."""
+        if self.size > 1:
+            dist.broadcast(values, group_src=0, group=self._ranks)
+        return values
+
+    def concatenate(self, values: Tensor) -> Tensor:
+        """Parts of equal shape, joined along their last dimension in the order of ranks."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous(), group=self._ranks)
+        return torch.cat(parts, dim=-1)
