@@ -290,11 +290,11 @@ def test_without_a_command_and_with_an_unknown_one_the_commands_are_named() -> N
 
     for arguments in ([], ["--help"]):
         shown = lightrft(*arguments)
-        names = ("fit", "validate", "plan", "supervised", "chat")
+        names = ("fit", "validate", "plan", "supervised", "export", "chat")
         assert shown.returncode == 0 and all(name in shown.stdout for name in names)
     unknown = lightrft("fitt")
     assert unknown.returncode == 1 and unknown.stderr == (
-        "lightrft: no command 'fitt'; there are fit, validate, plan, supervised, chat.\n"
+        "lightrft: no command 'fitt'; there are fit, validate, plan, supervised, export, chat.\n"
     )
 
 
