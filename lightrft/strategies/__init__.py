@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from lightrft.strategies.base import Sharding
-from lightrft.strategies.choice import STRATEGIES, make_fabric, sharding_of
+from lightrft.strategies.choice import STRATEGIES, make_fabric, placement_of, sharding_of
 from lightrft.strategies.flight_recorder import unfinished_collective
 from lightrft.strategies.fully_sharded import FSDP2
 from lightrft.strategies.half_precision import ScaledFloat16
 from lightrft.strategies.layout import Layout
+from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import leave_together, let_collectives_last
 from lightrft.strategies.replicated import DDP
 from lightrft.strategies.roles import Roles, by_role
@@ -19,6 +20,7 @@ __all__ = [
     "FSDP2",
     "STRATEGIES",
     "Layout",
+    "Placement",
     "Roles",
     "ScaledFloat16",
     "Sharding",
@@ -28,6 +30,7 @@ __all__ = [
     "leave_together",
     "let_collectives_last",
     "make_fabric",
+    "placement_of",
     "sharding_of",
     "unfinished_collective",
     "whole",

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import TIMEOUT, backend_for
 from lightrft.strategies.replicated import Replicated
 
@@ -45,6 +46,23 @@ class FSDP2(ModelParallelStrategy):
             raise ValueError(f"FSDP2 needs replicas of at least 1, not {replicas}.")
         self.replicas, self.cpu_offload = replicas, cpu_offload
         self._backward_sync_control = _BackwardSync()
+
+    def placement(self, ranks: int, precision: str) -> Placement:
+        """How a model lies over ``ranks``.
+
+        Raises:
+            ValueError: ``replicas`` does not divide them.
+        """
+        shards = _ranks_of_a_replica(ranks, self.replicas)
+        dtype = _COMPUTE_DTYPES.get(precision)
+        return Placement(
+            weight_shards=shards,
+            gradient_shards=shards,
+            optimizer_shards=shards,
+            on_host=frozenset(("weights", "gradients", "optimizer") if self.cpu_offload else ()),
+            compute_bytes=dtype.itemsize if dtype else None,
+            gathers=True,
+        )
 
     def setup_environment(self) -> None:
         assert self.accelerator is not None
@@ -129,12 +147,16 @@ def sharding_mesh(device_type: str, world_size: int, replicas: int = 1) -> Devic
     Raises:
         ValueError: ``replicas`` does not divide ``world_size``.
     """
-    if world_size % replicas:
-        raise ValueError(f"FSDP2(replicas={replicas}) cannot share {world_size} ranks; choose a divisor of them.")
+    shape = (replicas, _ranks_of_a_replica(world_size, replicas))
     if replicas == 1:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shape = (replicas, world_size // replicas)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _ranks_of_a_replica(ranks: int, replicas: int) -> int:
+    if ranks % replicas:
+        raise ValueError(f"FSDP2(replicas={replicas}) cannot share {ranks} ranks; choose a divisor of them.")
+    return ranks // replicas
 
 
 def shard_blocks(
