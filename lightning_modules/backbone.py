@@ -66,7 +66,7 @@ class LanguageBackbone(LightningModule, ABC):
                 f"Give the {self.role} either model (name or folder of weights) or config (fresh weights)."
             )
         self.name_or_path = model
-        self.model_config = config
+        self.model_config: Any = config
         self.packing = packing
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = lora

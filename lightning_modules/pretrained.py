@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,7 +48,7 @@ class LoRA:
             raise ValueError(f"LoRA needs a rank of at least 1 (is {self.rank}) and alpha above 0 (is {self.alpha}).")
 
 
-def load_model(name_or_path: str | None, config: dict[str, Any] | None) -> PreTrainedModel:
+def load_model(name_or_path: str | None, config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedModel:
     """Weights by name or folder, or fresh weights of a config; float32 (the trainer's precision converts), no dropout.
 
     Raises:
@@ -79,6 +80,19 @@ def _skeleton(name_or_path: str, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of a model by name or folder; its weights are not asked for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    _check_place(name_or_path, "model")
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot read the configuration of {name_or_path!r}: {_one_line(error)}") from error
+
+
 def _check_place(name_or_path: str, what: str) -> None:
     """Raise ``ValueError`` for a path that holds no model: the hub would say that it is no name."""
     if is_checkpoint(Path(name_or_path)):
@@ -90,8 +104,10 @@ def _check_place(name_or_path: str, what: str) -> None:
         raise ValueError(f"There is no {what} folder {name_or_path!r}; check the path.")
 
 
-def _known_config(config: dict[str, Any]) -> Any:
+def _known_config(config: dict[str, Any] | PreTrainedConfig) -> Any:
     """The configuration; ``ValueError`` for a key that this kind of model does not know and would ignore."""
+    if not isinstance(config, dict):
+        return config
     if "model_type" not in config:
         raise ValueError("it names no model_type (qwen2, say).")
     known = AutoConfig.for_model(config["model_type"])

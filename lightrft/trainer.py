@@ -115,7 +115,7 @@ class RFTTrainer:
         seed: int | None = None,
         timeout_seconds: float | None = 1800.0,
     ) -> None:
-        default, self._own_strategies = by_role(strategy)
+        default, self.own_strategies = by_role(strategy)
         self._watchdog = Watchdog(timeout_seconds)
         # Checkpoints last, as Lightning does: the others' state is then that of the boundary.
         self.callbacks = sorted(callbacks or [], key=lambda callback: isinstance(callback, CheckpointCallback))
@@ -312,9 +312,8 @@ class RFTTrainer:
         launch(fabric)
         self._watchdog.start(fabric)
         fabric.seed_everything(self.seed, workers=True, verbose=False)
-        self._check_world_size()
-        self._tell_sizes()
-        roles = Roles(fabric, self._own_strategies, **self._devices)
+        rank_zero_info(self.sizes(fabric.world_size))
+        roles = Roles(fabric, self.own_strategies, **self._devices)
         with roles.building():
             roles.default.together(self.model.configure_model)
         longest = self.model.context_tokens - self.rollout.sampling.max_new_tokens
@@ -583,23 +582,25 @@ class RFTTrainer:
                 f"samples_per_prompt = {total} and be a multiple of samples_per_prompt={self.samples_per_prompt}."
             )
 
-    def _tell_sizes(self) -> None:
-        ranks, updates = self.fabric.world_size, self.updates_per_iteration
-        rank_zero_info(
+    def sizes(self, ranks: int) -> str:
+        """What follows from the configured sizes on so many ranks, to be read before the run.
+
+        Raises:
+            ValueError: an update cannot be shared by them.
+        """
+        updates, prompts = self.updates_per_iteration, self.responses_per_update // self.samples_per_prompt
+        if prompts % ranks:
+            raise ValueError(
+                f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
+                f"{ranks} ranks; make it a multiple of {ranks}."
+            )
+        return (
             f"Each iteration: {self.prompts_per_iteration} prompts x {self.samples_per_prompt} responses on {ranks} "
             f"rank(s), {updates} update(s) of {self.responses_per_update} responses "
             f"({self.responses_per_update // ranks} a rank); "
             f"{self.max_iterations} iterations, {self.max_iterations * updates} updates in all.\n"
             f"Algorithm {self.model.algorithm}"
         )
-
-    def _check_world_size(self) -> None:
-        prompts, ranks = self.responses_per_update // self.samples_per_prompt, self.fabric.world_size
-        if prompts % ranks:
-            raise ValueError(
-                f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "
-                f"{ranks} ranks; make it a multiple of {ranks}."
-            )
 
 
 def _check_same(then: dict[str, Any], now: dict[str, Any], remedy: str) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 _COMMANDS = {
     "fit": "reinforcement fine-tuning with RFTTrainer, configured by YAML (--config, --print_config)",
     "validate": "score a model's responses to the validation prompts of the same YAML",
+    "plan": "sizes and predicted memory of fit's YAML, on ranks that need not be there; refuses what cannot fit",
     "supervised": "fit, validate, test or predict with Lightning's Trainer: supervised fine-tuning",
     "export": "make a Hugging Face folder of a checkpoint of any strategy",
     "chat": "talk to a trained model's Hugging Face folder",

@@ -34,7 +34,7 @@ class RFTCLI(LightningCLI):
             trainer_class=RFTTrainer,  # type: ignore[arg-type]  # duck-typed but for the one override below
             seed_everything_default=0,
             # A mistyped option is an error, whatever it is the beginning of.
-            parser_kwargs={"default_env": True, "allow_abbrev": False},
+            parser_kwargs={"default_env": True, "allow_abbrev": False} | kwargs.pop("parser_kwargs", {}),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             **kwargs,

@@ -35,20 +35,33 @@ def varlen_attention(
         ``[N, H_q, D_v]``.
     """
     query, key, value = (in_autocast_dtype(states) for states in (query, key, value))
-    if query.is_cuda and query.dtype in _KERNEL_DTYPES and value.shape[-1] == key.shape[-1]:
-        from torch.nn.attention.varlen import varlen_attn
-
+    if query.is_cuda and has_kernel(query, value):
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
-        if query.shape[1] != key.shape[1]:
-            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-                options["enable_gqa"] = True
-            else:  # torch before 2.13
-                groups = query.shape[1] // key.shape[1]
-                key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options)
-        return cast(Tensor, out)
+        return kernel_attention(query, key, value, cu_seqlens, longest, scale, window)
     return _padded_attention(query, key, value, cu_seqlens, scale, window)
+
+
+def has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether the variable-length kernel takes these on a GPU."""
+    return query.dtype in _KERNEL_DTYPES and value.shape[-1] == query.shape[-1]
+
+
+def kernel_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int | None
+) -> Tensor:
+    """:func:`varlen_attention` by torch's kernel; ``longest`` is the most tokens of a segment."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch before 2.13
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return cast(
+        Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options)
+    )
 
 
 def in_autocast_dtype(states: Tensor) -> Tensor:

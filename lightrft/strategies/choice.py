@@ -14,6 +14,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY, SingleDeviceStrategy,
 from lightrft.strategies.base import Sharding
 from lightrft.strategies.fully_sharded import FSDP2, FullySharded
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.placement import Placement
 from lightrft.strategies.replicated import DDP, Replicated
 from lightrft.strategies.zero import DividedByZeRO, ZeRO
 
@@ -99,6 +100,14 @@ def sharding_of(fabric: Fabric) -> Sharding:
         if isinstance(fabric.strategy, kind):
             return surface(fabric)
     raise _refusal(fabric.strategy)
+
+
+def placement_of(strategy: str | Strategy, ranks: int, precision: str) -> Placement:
+    """How a model will lie over ``ranks`` under a strategy that :func:`make_fabric` takes."""
+    if isinstance(strategy, SingleDeviceStrategy) or strategy == "auto":
+        strategy = "ddp"
+    made: Any = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
+    return made.placement(ranks, _LONG_NAMES.get(precision, precision))
 
 
 def _check(strategy: str | Strategy) -> None:

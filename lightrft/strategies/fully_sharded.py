@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import TIMEOUT, backend_for
 from lightrft.strategies.replicated import Replicated
 
@@ -35,18 +35,34 @@ class FSDP2(ModelParallelStrategy):
         replicas: copies of the model, each sharded over ``world size / replicas`` consecutive ranks (HSDP): as many as
             there are nodes keeps the gathering inside a node.
         cpu_offload: keep the shards, and step, in host memory.
-        timeout: of collectives, seconds.
 
     Raises:
         ValueError: ``replicas`` does not divide the number of ranks.
     """
 
-    def __init__(self, replicas: int = 1, cpu_offload: bool = False, timeout: float = TIMEOUT) -> None:
-        super().__init__(parallelize_fn=self._shard, timeout=timedelta(seconds=timeout))
+    def __init__(self, replicas: int = 1, cpu_offload: bool = False) -> None:
+        super().__init__(parallelize_fn=self._shard, timeout=TIMEOUT)
         if replicas < 1:
             raise ValueError(f"FSDP2 needs replicas of at least 1, not {replicas}.")
         self.replicas, self.cpu_offload = replicas, cpu_offload
         self._backward_sync_control = _BackwardSync()
+
+    def placement(self, ranks: int, precision: str) -> Placement:
+        """How a model lies over ``ranks``.
+
+        Raises:
+            ValueError: ``replicas`` does not divide them.
+        """
+        shards = _ranks_of_a_replica(ranks, self.replicas)
+        dtype = _COMPUTE_DTYPES.get(precision)
+        return Placement(
+            weight_shards=shards,
+            gradient_shards=shards,
+            optimizer_shards=shards,
+            on_host=frozenset(("weights", "gradients", "optimizer") if self.cpu_offload else ()),
+            compute_bytes=dtype.itemsize if dtype else None,
+            gathers=True,
+        )
 
     def setup_environment(self) -> None:
         assert self.accelerator is not None
@@ -131,12 +147,16 @@ def sharding_mesh(device_type: str, world_size: int, replicas: int = 1) -> Devic
     Raises:
         ValueError: ``replicas`` does not divide ``world_size``.
     """
-    if world_size % replicas:
-        raise ValueError(f"FSDP2(replicas={replicas}) cannot share {world_size} ranks; choose a divisor of them.")
+    shape = (replicas, _ranks_of_a_replica(world_size, replicas))
     if replicas == 1:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shape = (replicas, world_size // replicas)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _ranks_of_a_replica(ranks: int, replicas: int) -> int:
+    if ranks % replicas:
+        raise ValueError(f"FSDP2(replicas={replicas}) cannot share {ranks} ranks; choose a divisor of them.")
+    return ranks // replicas
 
 
 def data_parallel(mesh: DeviceMesh) -> DeviceMesh:

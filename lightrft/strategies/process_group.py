@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 
-TIMEOUT = 1800.0  # seconds, torch's own for gloo
+# Of a collective, until the watch over ranks takes over (trainer.timeout_seconds).
+TIMEOUT = timedelta(minutes=30)
 
 
 def backend_for(device: torch.device) -> str:

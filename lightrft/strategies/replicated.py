@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightrft.strategies.base import Sharding
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import TIMEOUT, backend_for
 
 
@@ -21,11 +21,14 @@ class DDP(DDPStrategy):
     """Distributed data parallel: every rank holds the whole model, gradients are averaged.
 
     Args:
-        timeout: of collectives, seconds.
     """
 
-    def __init__(self, timeout: float = TIMEOUT) -> None:
-        super().__init__(timeout=timedelta(seconds=timeout))
+    def __init__(self) -> None:
+        super().__init__(timeout=TIMEOUT)
+
+    def placement(self, ranks: int, precision: str) -> Placement:
+        """How a model lies over ``ranks``; gradients are reduced through copies of them."""
+        return Placement(gradient_copies=int(ranks > 1))
 
     def _get_process_group_backend(self) -> str:
         return backend_for(self.root_device)

@@ -7,10 +7,9 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.strategies import DeepSpeedStrategy
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightrft.strategies import zero_state
+from lightrft.strategies.placement import Part, Placement
 from lightrft.strategies.process_group import TIMEOUT, backend_for
 from lightrft.strategies.replicated import Replicated
 from lightrft.strategies.state import State
@@ -38,7 +38,6 @@ class ZeRO(DeepSpeedStrategy):
         hpz: ranks that hold a copy of the weights together, so that a backward gathers them inside a node (ZeRO++,
             arXiv 2306.10209); 1 is none. Stage 3.
         config: further keys of DeepSpeed's configuration; those this loop decides are refused.
-        timeout: of collectives, seconds.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -51,7 +50,6 @@ class ZeRO(DeepSpeedStrategy):
         offload: bool = False,
         hpz: int = 1,
         config: dict[str, Any] | None = None,
-        timeout: float = TIMEOUT,
     ) -> None:
         if stage not in (1, 2, 3):
             raise ValueError(f"ZeRO has stages 1, 2 and 3, not {stage}.")
@@ -63,8 +61,27 @@ class ZeRO(DeepSpeedStrategy):
             raise ImportError("ZeRO needs DeepSpeed: pip install 'lightning-rft[deepspeed]'.")
         _choose_accelerator()
         self.stage, self.offload = stage, offload
-        super().__init__(config=_configuration(stage, offload, hpz, config or {}), timeout=timedelta(seconds=timeout))
+        super().__init__(config=_configuration(stage, offload, hpz, config or {}), timeout=TIMEOUT)
         self._backward_sync_control = _BackwardSync()
+
+    def placement(self, ranks: int, precision: str) -> Placement:
+        """How a model lies over ``ranks``, DeepSpeed's own defaults where the configuration is silent."""
+        zero = cast(dict[str, Any], self.config)["zero_optimization"]
+        size = _COMPUTE_DTYPES.get(precision, torch.float32).itemsize
+        # Two of them where the reduction overlaps the backward; stage 3 has one.
+        buckets = 2 if zero["overlap_comm"] and self.stage < 3 else 1
+        parts: set[Part] = {"gradients", "optimizer"} if self.stage < 3 else {"weights", "gradients", "optimizer"}
+        return Placement(
+            weight_shards=ranks if self.stage == 3 else 1,
+            gradient_shards=ranks if self.stage > 1 else 1,
+            optimizer_shards=ranks,
+            on_host=frozenset(parts if self.offload else ()),
+            compute_bytes=size,
+            casts_at_rest=True,
+            gathers=self.stage == 3,
+            gathered_parameters=int(zero.get("stage3_max_live_parameters", 1e9)),
+            buffer_bytes=int(zero.get("reduce_bucket_size", 5e8)) * size * buckets,
+        )
 
     def setup_environment(self) -> None:
         # Fabric's own wants CUDA; DeepSpeed does without.

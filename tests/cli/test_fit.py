@@ -228,7 +228,7 @@ def test_an_unknown_key_fails_with_its_name(
             ValueError,
             r"samples_per_prompt is 1, but the advantage group_norm",
         ),
-        (["--trainer.strategy=fsdp"], ValueError, r"strategy='fsdp' is not supported; use one of"),
+        (["--trainer.strategy=fsdp"], ValueError, r"strategy='fsdp' is not supported; use fsdp2"),
         (["--data.train.path=no/such.jsonl"], FileNotFoundError, r"no data file or folder no/such\.jsonl"),
         (["--data.val=null"], ValueError, r"data\.val names no source"),
         (["--ckpt_path=last"], ValueError, r"ckpt_path is 'last', but there is no checkpoint"),
@@ -290,10 +290,11 @@ def test_without_a_command_and_with_an_unknown_one_the_commands_are_named() -> N
 
     for arguments in ([], ["--help"]):
         shown = lightrft(*arguments)
-        assert shown.returncode == 0 and all(name in shown.stdout for name in ("fit", "validate", "supervised", "chat"))
+        names = ("fit", "validate", "plan", "supervised", "export", "chat")
+        assert shown.returncode == 0 and all(name in shown.stdout for name in names)
     unknown = lightrft("fitt")
     assert unknown.returncode == 1 and unknown.stderr == (
-        "lightrft: no command 'fitt'; there are fit, validate, supervised, chat.\n"
+        "lightrft: no command 'fitt'; there are fit, validate, plan, supervised, export, chat.\n"
     )
 
 

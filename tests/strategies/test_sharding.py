@@ -106,7 +106,24 @@ def test_the_norm_is_of_the_whole_gradient_and_clips_it(inputs: str, name: str) 
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-# --- a head that works in pieces --------------------------------------------------------------------------------------
+# --- what is computed again, and in pieces ----------------------------------------------------------------------------
+
+
+def _checkpointed(inputs: str, name: str, checkpointing: bool) -> tuple[float, dict[str, Tensor]]:
+    _, sharding = launched(name)
+    actor = new_actor(inputs, gradient_checkpointing=checkpointing)
+    module, optimizer = sharding.setup(actor, torch.optim.SGD(actor.parameters(), lr=1.0))
+    module.train()
+    return train_step(sharding, module, optimizer), exported(actor)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_gradient_checkpointing_changes_no_step(inputs: str, name: str) -> None:
+    expected, plain = on_ranks(2, _checkpointed, inputs, "ddp", False)[0]
+    norm, weights = on_ranks(2, _checkpointed, inputs, name, True)[0]
+    assert norm == pytest.approx(expected, rel=1e-5)
+    for key, weight in plain.items():
+        torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5)
 
 
 def _in_pieces(inputs: str, name: str) -> tuple[float, dict[str, Tensor]]:
