@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -210,7 +211,12 @@ class ActorModule(LanguageBackbone):
 
     def _micro_batches(self, batch: SupervisedBatch) -> list[Packed]:
         rows = split_by_tokens([len(sequence) for sequence in batch.sequences], batch.tokens_per_microbatch)
-        return [_pack_supervised(batch, part).to(self.device) for part in rows]
+        parts = [_pack_supervised(batch, part) for part in rows]
+        if self.device_mesh is not None:
+            # Sharded weights are gathered in every forward, so every rank needs as many.
+            most = self.trainer.strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max")
+            parts += [_pack_supervised(_untrained(batch), [0])] * (int(most) - len(parts))
+        return [part.to(self.device) for part in parts]
 
     def _negative_log_prob(self, packed: Packed) -> Tensor:
         log_probs, _ = self(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
@@ -227,9 +233,19 @@ class ActorModule(LanguageBackbone):
     def _evaluate(self, batch: SupervisedBatch, stage: str) -> None:
         for packed in self._micro_batches(batch):
             tokens = len(packed.predict)
+            loss = self._negative_log_prob(packed)
             if tokens:
-                self.mean_loss.update(self._negative_log_prob(packed) / tokens, tokens)
+                self.mean_loss.update(loss / tokens, tokens)
         self.log(f"{stage}_loss", self.mean_loss, prog_bar=True, on_epoch=True, on_step=False, batch_size=len(batch))
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with sharded weights, for which ranks with fewer sequences would not be waited.
+
+        Raises:
+            ValueError: the strategy is Lightning's model-parallel one.
+        """
+        if self.device_mesh is not None:
+            raise ValueError("predict does not run under ModelParallelStrategy; use strategy ddp, or one device.")
 
     def predict_step(self, batch: SupervisedBatch, batch_idx: int) -> list[float]:
         """Summed log-prob (nats) of the trained tokens of each sequence, in order."""
@@ -238,6 +254,12 @@ class ActorModule(LanguageBackbone):
             packed = _pack_supervised(batch, [row]).to(self.device)
             results.append(-float(self._negative_log_prob(packed)))
         return results
+
+
+def _untrained(batch: SupervisedBatch) -> SupervisedBatch:
+    """Two tokens to compute for nothing."""
+    start = batch.sequences[0][:2]
+    return replace(batch, sequences=[start], loss_masks=[torch.zeros_like(start, dtype=torch.bool)])
 
 
 def _pack_supervised(batch: SupervisedBatch, rows: list[int]) -> Packed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from lightrft.lightning_modules import packed_attention, pretrained
 from lightrft.lightning_modules.pretrained import LoRA
 from lightrft.lightning_modules.sequence_parallel import SequenceParallel
 from lightrft.ops import Packed, check_heads, pack, pad
+from lightrft.strategies import data_parallel, shard_blocks
 
 
 class LanguageBackbone(LightningModule, ABC):
@@ -80,13 +81,22 @@ class LanguageBackbone(LightningModule, ABC):
         """What the subclass makes of the hidden states."""
 
     def configure_model(self) -> None:
-        """Load the weights, once.
+        """Load the weights, once; under Lightning's ``ModelParallelStrategy`` a shard of them on each rank (FSDP2).
 
         Raises:
-            ValueError: they do not load, do not fit, or the model cannot be packed; says what to set.
+            ValueError: they do not load, do not fit, or the model cannot be packed; or the strategy is tensor parallel;
+                says what to set.
         """
         if self.language_model is not None:
             return
+        if self.device_mesh is None:
+            return self._load()
+        mesh = data_parallel(self.device_mesh)
+        with torch.device("meta") if mesh.get_rank() else nullcontext():  # rank 0 alone holds all, and gives it out
+            self._load()
+        shard_blocks(self, mesh)
+
+    def _load(self) -> None:
         loaded = pretrained.load_model(self.name_or_path, self.model_config)
         packed_attention.select(loaded, self.packing, self.role)
         model = self._accept(loaded)

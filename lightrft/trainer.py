@@ -36,7 +36,7 @@ from lightrft.random_state import random_state, set_random_state
 from lightrft.refill import refill
 from lightrft.samples import Batch, Prompt, Rollout, Sampling
 from lightrft.scoring import Scoring
-from lightrft.strategies import Roles, by_role, leave_together, make_fabric
+from lightrft.strategies import Roles, by_role, launch, leave_together, make_fabric
 from lightrft.watchdog import Watchdog
 from lightrft.whereabouts import mark
 
@@ -143,7 +143,6 @@ class RFTTrainer:
         self._devices: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
         self.fabric = make_fabric(default, str(precision), loggers=[] if fast_dev_run else loggers, **self._devices)
         self.precision = str(self.fabric.strategy.precision.precision)
-        self._launched = False
         self._begin()
 
     def _begin(self) -> None:
@@ -310,9 +309,7 @@ class RFTTrainer:
 
     def _set_up(self, stage: str, ckpt_path: str | None) -> None:
         fabric = self.fabric
-        if not self._launched:
-            fabric.launch()
-        self._launched = True
+        launch(fabric)
         self._watchdog.start(fabric)
         fabric.seed_everything(self.seed, workers=True, verbose=False)
         rank_zero_info(self.sizes(fabric.world_size))

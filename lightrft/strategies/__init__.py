@@ -5,8 +5,9 @@ from __future__ import annotations
 from lightrft.strategies.base import Sharding
 from lightrft.strategies.choice import STRATEGIES, make_fabric, placement_of, sharding_of
 from lightrft.strategies.flight_recorder import unfinished_collective
-from lightrft.strategies.fully_sharded import FSDP2
+from lightrft.strategies.fully_sharded import FSDP2, data_parallel, shard_blocks
 from lightrft.strategies.half_precision import ScaledFloat16
+from lightrft.strategies.launch import launch
 from lightrft.strategies.layout import Layout
 from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import leave_together, let_collectives_last
@@ -26,11 +27,14 @@ __all__ = [
     "Sharding",
     "ZeRO",
     "by_role",
+    "data_parallel",
     "gathered",
+    "launch",
     "leave_together",
     "let_collectives_last",
     "make_fabric",
     "placement_of",
+    "shard_blocks",
     "sharding_of",
     "unfinished_collective",
     "whole",

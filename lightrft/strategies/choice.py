@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.connector import _Connector
 from lightning.fabric.strategies import STRATEGY_REGISTRY, SingleDeviceStrategy, Strategy
 
 from lightrft.strategies.base import Sharding
@@ -68,10 +69,10 @@ def make_fabric(strategy: str | Strategy, precision: str, **arguments: Any) -> F
     if precision == "16-mixed" and not isinstance(made, ZeRO):
         options = {"plugins": [ScaledFloat16("cuda" if _has_cuda(arguments.get("accelerator")) else "cpu")]}
     if strategy == "auto":
-        # Fabric knows how many devices there are: with one it needs no processes.
-        fabric = Fabric(strategy="auto", **options, **arguments)
-        if isinstance(fabric.strategy, SingleDeviceStrategy):
-            return fabric
+        # Fabric's connector knows how many devices there are: one needs no processes. A Fabric would make some.
+        devices = {name: arguments[name] for name in ("accelerator", "devices", "num_nodes") if name in arguments}
+        if isinstance(_Connector(**devices).strategy, SingleDeviceStrategy):
+            return Fabric(**options, **arguments)
     return Fabric(strategy=made, **options, **arguments)
 
 

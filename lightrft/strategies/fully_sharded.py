@@ -159,6 +159,21 @@ def _ranks_of_a_replica(ranks: int, replicas: int) -> int:
     return ranks // replicas
 
 
+def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
+    """Of the mesh that Lightning's ``ModelParallelStrategy`` gives a module, the dimension to shard over.
+
+    Raises:
+        ValueError: the other one, tensor parallel, is more than 1.
+    """
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    if sizes["tensor_parallel"] != 1:
+        raise ValueError(
+            f"ModelParallelStrategy has tensor_parallel_size={sizes['tensor_parallel']} (tensor parallel alone is its "
+            f"default), which is not supported; set data_parallel_size={mesh.size()} and tensor_parallel_size=1."
+        )
+    return mesh["data_parallel"]
+
+
 def shard_blocks(
     module: nn.Module,
     mesh: DeviceMesh,
