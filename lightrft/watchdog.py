@@ -61,7 +61,7 @@ class Watchdog:
         if self.timeout_seconds is None or fabric.world_size == 1:
             return
         judge = _Judge(fabric.world_size, self.timeout_seconds) if fabric.is_global_zero else None
-        address = fabric.broadcast(judge.address if judge else None)
+        address: Any = fabric.broadcast(judge.address if judge else None)
         self._watch = judge or _Witness(fabric.global_rank, self.timeout_seconds, *address)
         self._watch.start()
 
