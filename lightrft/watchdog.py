@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any
 
 from lightning.fabric import Fabric
 
@@ -31,7 +31,6 @@ from lightrft.verdicts import Report, sentence, to_blame
 from lightrft.whereabouts import here, mark
 
 _Message = dict[str, Any]
-_Address = tuple[str, int, str]  # host, port, token
 _LONGEST_COLLECTIVE = 86400.0  # seconds, should the watch itself fail
 _SECONDS_TO_ANSWER = 2.0
 _SECONDS_TO_FAIL_ALIKE = 5.0  # an error of the configuration comes on all ranks, not quite at once
@@ -62,7 +61,7 @@ class Watchdog:
         if self.timeout_seconds is None or fabric.world_size == 1:
             return
         judge = _Judge(fabric.world_size, self.timeout_seconds) if fabric.is_global_zero else None
-        address = cast(_Address, fabric.broadcast(judge.address if judge else None))
+        address: Any = fabric.broadcast(judge.address if judge else None)
         self._watch = judge or _Witness(fabric.global_rank, self.timeout_seconds, *address)
         self._watch.start()
 
@@ -284,7 +283,7 @@ class _Judge(_Watch):
         self._door = _listening_socket()
         _open.add(self._door)
         self._token = secrets.token_hex(16)
-        self.address: _Address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), self._door.getsockname()[1], self._token)
+        self.address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), self._door.getsockname()[1], self._token)
         self.selector.register(self._door, selectors.EVENT_READ, self._door)
         now = time.monotonic()
         self.reports = {rank: Report(rank) for rank in range(1, world_size)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -237,7 +237,8 @@ class _Filler:
     @torch.no_grad()
     def __call__(self, unit: nn.Module) -> None:
         for part in unit.modules():
-            for store in (part._parameters, part._buffers):
+            stores: list[dict[str, Any]] = [part._parameters, part._buffers]
+            for store in stores:
                 for name, tensor in store.items():
                     if tensor is not None and not isinstance(tensor, DTensor):
                         store[name] = self._value(tensor)
@@ -276,7 +277,7 @@ def _reshard_after_no_grad(module: nn.Module, arguments: Any, output: Any) -> No
         cast(FSDPModule, module).reshard()
 
 
-def _follow(optimizer: Optimizer, names: dict[Tensor, str], sharded: dict[str, nn.Parameter]) -> None:
+def _follow(optimizer: Optimizer, names: Mapping[nn.Parameter, str], sharded: dict[str, nn.Parameter]) -> None:
     """Let the optimizer step the sharded parameters of the same names."""
     for group in optimizer.param_groups:
         group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
@@ -288,7 +289,7 @@ class _BackwardSync(_BackwardSyncControl):
     """Fabric's own leaves the reduction switched off after ``no_backward_sync(enabled=False)``."""
 
     @contextmanager
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:  # type: ignore[override]
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
         units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         for unit in units:
             unit.set_requires_gradient_sync(not enabled, recurse=False)

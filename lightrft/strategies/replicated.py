@@ -53,7 +53,7 @@ class Replicated(Sharding):
 
     def _placed(self, module: nn.Module) -> nn.Module:
         # DDP refuses a module without gradients, and there is nothing to reduce.
-        return cast(nn.Module, self.fabric.to_device(self.precision.convert_module(module)))
+        return self.fabric.to_device(self.precision.convert_module(module))
 
     def accumulate(self, module: Any, last: bool) -> AbstractContextManager[None]:
         if isinstance(self.fabric.strategy, DDPStrategy):

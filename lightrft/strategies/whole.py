@@ -22,6 +22,6 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
 def whole(tensor: Tensor) -> Tensor:
     """All elements of a parameter or of what was computed from it. Collective; for ZeRO 3 inside :func:`gathered`."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        return tensor.full_tensor().detach()
     # What was gathered is given back at the end of the context.
     return tensor.detach().clone() if hasattr(tensor, "ds_id") else tensor.detach()

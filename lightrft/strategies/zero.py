@@ -131,17 +131,21 @@ class ZeRO(DeepSpeedStrategy):
 class DividedByZeRO(Replicated):
     """ZeRO behind the common surface."""
 
+    @property
+    def _stage(self) -> int:
+        return cast(ZeRO, self.fabric.strategy).stage
+
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         self._keep_in_step(module)
         return super().setup(module, optimizer)
 
     def _keep_in_step(self, module: Any) -> None:
         # Stage 3 gathers a weight whenever its layer is called: a head that works in pieces, for each of them.
-        module.head_in_step = self.fabric.strategy.stage == 3
+        module.head_in_step = self._stage == 3
 
     def setup_frozen(self, module: nn.Module) -> Any:
         self._keep_in_step(module)
-        if self.fabric.strategy.stage == 3:
+        if self._stage == 3:
             engine = self.fabric.strategy.setup_module(module)
             engine.eval()
 
@@ -226,7 +230,7 @@ class _BackwardSync(_BackwardSyncControl):
     """Fabric has none for DeepSpeed, whose engine then steps with the last micro-batch alone."""
 
     @contextmanager
-    def no_backward_sync(self, module: Any, enabled: bool) -> Iterator[None]:  # type: ignore[override]
+    def no_backward_sync(self, module: Any, enabled: bool) -> Iterator[None]:
         module.set_gradient_accumulation_boundary(not enabled)
         try:
             yield

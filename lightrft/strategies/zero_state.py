@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lightrft.strategies.state import (
     GROUPS,
@@ -168,10 +169,27 @@ def _values(folder: Path, held: dict[str, Any], names: list[str]) -> Iterator[tu
     yield from read(folder, batch).items()
 
 
+def _set(tensor: Any, value: Tensor, moment: str | None = None) -> None:
+    """A float32 master's value, or that of one of its moments."""
+    import deepspeed.utils as ds
+
+    if hasattr(tensor, "ds_id"):
+        # Of whole values DeepSpeed sets no tensor whose elements its ranks do not divide evenly.
+        share, rank = tensor.ds_tensor.numel(), tensor._z3_optimizer._get_param_partition_rank(tensor)
+        padded = functional.pad(value.flatten(), (0, max(0, share * (rank + 1) - value.numel())))
+        value = padded[share * rank :][:share]
+        state, master = ds.safe_set_local_optimizer_state, ds.safe_set_local_fp32_param
+    else:
+        state, master = ds.safe_set_full_optimizer_state, ds.safe_set_full_fp32_param
+    if moment is None:
+        master(tensor, value)
+    else:
+        state(tensor, value, moment)
+
+
 @torch.no_grad()
 def _put_weight(tensor: Tensor, value: Tensor) -> None:
     import deepspeed
-    import deepspeed.utils as ds
 
     value = value.to(tensor.device)
     if hasattr(tensor, "ds_id"):
@@ -180,7 +198,7 @@ def _put_weight(tensor: Tensor, value: Tensor) -> None:
     else:
         tensor.data.copy_(value)
     if _is_trained(tensor):
-        ds.safe_set_full_fp32_param(tensor, value.float())
+        _set(tensor, value.float())
 
 
 def _restore_flat(folder: Path, held: dict[str, Any], flat: _Flat, stepped: Any) -> None:
@@ -209,14 +227,12 @@ def _link(engine: Any) -> None:
 
 
 def _restore_moments(folder: Path, held: dict[str, Any], flat: _Flat) -> None:
-    import deepspeed.utils as ds
-
     entries = {
         f"{STATE}{name}.{key}": (tensor, key) for name, tensor in flat.parameters.items() for key in flat.moments
     }
     for entry, value in _values(folder, held, list(entries)):
         tensor, key = entries[entry]
-        ds.safe_set_full_optimizer_state(tensor, value.to(tensor.device), key)
+        _set(tensor, value.to(tensor.device), key)
 
 
 def _restore_counters(folder: Path, held: dict[str, Any], engine: Any) -> None:

@@ -57,7 +57,8 @@ def test_a_run_trains_bit_by_bit_as_one_without_validation(inputs: Path, tmp_pat
         usual = [tiny_run.sampler(), WeightSync(), *more, tiny_run.checkpoints()]
         trainer = tiny_run.fit(inputs, tmp_path / name, usual=usual)
         folder = trainer.checkpoint_callback.last_checkpoint  # type: ignore[union-attr]
-        state = [torch.load(folder / file, weights_only=True) for file in ("model.pt", "rank-0.pt")]  # type: ignore[operator]
+        assert folder is not None
+        state = [tiny_run.saved_state(folder), torch.load(folder / "rank-0.pt", weights_only=True)]
         for part in ("callbacks", "metrics"):
             del state[1][part]
         states.append(state)

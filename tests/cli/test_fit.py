@@ -89,8 +89,8 @@ def test_the_saved_configuration_runs_again_bit_by_bit(run: Run) -> None:
     second = small_config.runs(first.parent)[-1]
     assert first != second and tiny_run.rows(first) == tiny_run.rows(second) and len(steps(first)) == 3
     assert saved(first) == saved(second)
-    weights = [torch.load(f / "checkpoints/iteration-000002/model.pt", weights_only=True) for f in (first, second)]
-    assert tiny_run.differences(*weights) == []
+    states = [tiny_run.saved_state(folder / "checkpoints/iteration-000002") for folder in (first, second)]
+    assert tiny_run.differences(*states) == []
 
 
 def test_the_printed_configuration_is_the_one_that_is_saved(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,7 +205,7 @@ def test_a_rank_0_that_does_not_answer(ended: dict[str, list[Ended]]) -> None:
     end = ended["frozen"][1]
     (message,) = end.messages
     assert end.code == 1
-    assert re.match(r"Rank 0 \(.*\) does not answer, without progress .* phase `score`, iteration 2.*; rank 1 ", message)
+    assert re.match(r"Rank 0 \(.*\) does not answer, without .* phase `score`, iteration 2.*; rank 1 ", message)
 
 
 def test_a_forked_child_does_not_hide_the_death_of_its_rank(inputs: Path, tmp_path: Path) -> None:
