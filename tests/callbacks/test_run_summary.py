@@ -13,11 +13,15 @@ from lightrft.callback import RFTCallback
 from lightrft.callbacks import RunSummary, Throughput, Validation, WeightSync
 
 
+class OfShortness(RunSummary):
+    accuracy = "reward/shortness/mean"
+
+
 def test_the_file_and_the_table_hold_the_runs_numbers(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     validation, throughput = Validation(every_n_iterations=2), Throughput()
-    usual = [tiny_run.sampler(), WeightSync(), throughput, validation, RunSummary("reward/shortness/mean")]
+    usual = [tiny_run.sampler(), WeightSync(), throughput, validation, OfShortness()]
     trainer = tiny_run.fit(inputs, tmp_path, usual=usual)
     rows = tiny_run.rows(trainer.log_dir)
     summary = json.loads((Path(trainer.log_dir) / "summary.json").read_text())
