@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightrft.ops.collectives import everyone
 from lightrft.ops.moments import Moments
 
 
@@ -40,12 +40,8 @@ class Metrics:
 
     def compute(self) -> dict[str, float]:
         """Values over all ranks, by name. Collective: every rank calls it."""
-        everyone = [self._moments]
-        if dist.is_initialized():
-            everyone = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, self._moments)
         merged: dict[tuple[str, str], Moments] = {}
-        for moments in everyone:
+        for moments in everyone(self._moments):
             for key, values in moments.items():
                 merged[key] = merged.get(key, Moments()).merged(values)
         return {name: _statistic(statistic, merged[name, statistic]) for name, statistic in sorted(merged)}

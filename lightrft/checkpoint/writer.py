@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from lightrft.checkpoint import manifest
 from lightrft.checkpoint.manifest import PARTIAL
+from lightrft.ops.collectives import everyone
 from lightrft.strategies import state
 from lightrft.strategies.state import State
 
@@ -156,8 +157,7 @@ class _Job:
             if error is not None:
                 raise error
             return [found]
-        items: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(items, (found, error and str(error)), group=self.group)
+        items = everyone((found, error and str(error)), self.group)
         for rank, (_, message) in enumerate(items):
             if message is not None:
                 raise OSError(f"rank {rank}: {message}")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightrft.engines.base import EngineError
+from lightrft.ops.collectives import everyone
 
 Item = TypeVar("Item")
 
@@ -45,11 +46,7 @@ class EngineGroup:
 
     def everyone(self, item: Any) -> list[Any]:
         """What every rank of the group gives, in their order. Pickled, so for small things."""
-        if self.size == 1:
-            return [item]
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self._ranks)
-        return items
+        return [item] if self.size == 1 else everyone(item, self._ranks)
 
     def join(self, items: Sequence[Item]) -> tuple[list[Item], slice]:
         """The items of all ranks of the group, in their order, and which of them are this rank's. Pickled."""

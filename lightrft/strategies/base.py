@@ -14,6 +14,7 @@ from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightrft.ops.collectives import everyone
 from lightrft.strategies import state
 from lightrft.strategies.state import State
 
@@ -39,11 +40,7 @@ class Sharding:
 
     def everyone(self, item: Any) -> list[Any]:
         """What every rank gives, in the order of ranks. Collective; pickled, so for small things."""
-        if self.fabric.world_size == 1:
-            return [item]
-        items: list[Any] = [None] * self.fabric.world_size
-        dist.all_gather_object(items, item)
-        return items
+        return everyone(item)
 
     def gather(self, values: Tensor) -> Tensor:
         """One-dimensional tensors of all ranks, of any length, joined in their order; on the host. Collective."""

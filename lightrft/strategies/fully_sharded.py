@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -91,10 +91,8 @@ class FSDP2(ModelParallelStrategy):
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        sharded = self.setup_module(module)
-        for optimizer in optimizers:
-            _follow(optimizer, names, dict(sharded.named_parameters()))
+        with _followed_by(optimizers, module):
+            sharded = self.setup_module(module)
         return sharded, optimizers, scheduler
 
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,10 +125,9 @@ class FullySharded(Replicated):
 
     def setup(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         # Apart, as Fabric takes no optimizer of parameters on the meta device.
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        sharded = self.fabric.setup_module(module)
+        with _followed_by([optimizer], module):
+            sharded = self.fabric.setup_module(module)
         self._deafen(module)
-        _follow(optimizer, names, dict(module.named_parameters()))
         return sharded, self.fabric.setup_optimizers(optimizer)
 
     def _placed(self, module: nn.Module) -> nn.Module:
@@ -277,12 +274,17 @@ def _reshard_after_no_grad(module: nn.Module, arguments: Any, output: Any) -> No
         cast(FSDPModule, module).reshard()
 
 
-def _follow(optimizer: Optimizer, names: Mapping[nn.Parameter, str], sharded: dict[str, nn.Parameter]) -> None:
-    """Let the optimizer step the sharded parameters of the same names."""
-    for group in optimizer.param_groups:
-        group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
-    if optimizer.state:
+@contextmanager
+def _followed_by(optimizers: list[Optimizer], module: nn.Module) -> Iterator[None]:
+    """Around the sharding of ``module``, in place: optimizers then step the sharded parameters of the same names."""
+    if any(optimizer.state for optimizer in optimizers):
         raise ValueError("FSDP2 needs an optimizer that has not stepped yet; its state would belong to whole weights.")
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    yield
+    sharded = dict(module.named_parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
 
 
 class _BackwardSync(_BackwardSyncControl):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,7 @@ STRATEGIES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_run.write_inputs(tmp_path_factory.mktemp("strategies"))
-    # Lengths so unlike that ranks have different numbers of micro-batches.
-    lessons = [{"prompt": "1" * (1 + i % 3) + "=", "response": "23456789012345"[: 1 + (5 * i) % 13]} for i in range(8)]
-    (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
+    tiny_run.write_lessons(folder)
     return folder
 
 

@@ -25,8 +25,7 @@ Gradients = dict[tuple[str, str], torch.Tensor]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_run.write_inputs(tmp_path_factory.mktemp("supervised"))
-    lessons = [{"prompt": "1" * (1 + i % 3) + "=", "response": "23456789012345"[: 1 + (5 * i) % 13]} for i in range(8)]
-    (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
+    tiny_run.write_lessons(folder)
     return folder
 
 

@@ -20,6 +20,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from trainer import tiny_run
 
 from lightrft.strategies import DDP, FSDP2, ZeRO, sharding_of
 
@@ -78,16 +79,6 @@ def launched(name: str, precision: str = "32-true") -> tuple[Fabric, Model, torc
     return fabric, model, torch.optim.AdamW(model.parameters(), lr=0.1, eps=1e-6)
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    from lightrft.strategies import gathered, whole
-
-    weights = {}
-    for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            weights[name] = whole(parameter).clone()
-    return weights
-
-
 def inputs(rank: int) -> Tensor:
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(rank))
 
@@ -98,10 +89,10 @@ def inputs(rank: int) -> Tensor:
 def _stepped(name: str) -> bool:
     fabric, model, optimizer = launched(name)
     module, optimizer = fabric.setup(model, optimizer)
-    before = whole_weights(model)
+    before = tiny_run.whole_weights(model)
     fabric.backward(module(inputs(fabric.global_rank)).square().sum(), model=module)
     optimizer.step()
-    return all(not torch.equal(before[key], after) for key, after in whole_weights(model).items())
+    return all(not torch.equal(before[key], after) for key, after in tiny_run.whole_weights(model).items())
 
 
 @ours_or("stock fsdp2", "fsdp2")
@@ -141,7 +132,7 @@ def _accumulated(name: str) -> dict[str, Tensor]:
                 fabric.backward(module(x).square().sum(), model=module)
         optimizer.step()
         optimizer.zero_grad()
-    return whole_weights(model)
+    return tiny_run.whole_weights(model)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from typing import Any
 
 from lightning.fabric.strategies import Strategy
 from ranks import on_ranks
-from torch import Tensor, nn
+from torch import Tensor
 from trainer import tiny_run
 
 from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
 from lightrft.samples import Rollout
-from lightrft.strategies import FSDP2, STRATEGIES, gathered, whole
+from lightrft.strategies import FSDP2, STRATEGIES
 
 TOLERANCE = 1e-5
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
@@ -141,18 +141,10 @@ def _run(inputs: str, cell: Cell) -> Outcome:
     )
     weights = {f"actor.{name}": weight.clone() for name, weight in model.export_parameters()}
     if model.critic is not None:
-        weights |= {f"critic.{name}": weight for name, weight in _whole(model.critic).items()}
+        weights |= {f"critic.{name}": weight for name, weight in tiny_run.whole_weights(model.critic).items()}
     skipped = (*tiny_run.TIMINGS, "balance/", "weight_sync/")
     metrics = {name: v for name, v in trainer.callback_metrics.items() if not name.startswith(skipped)}
     return Outcome(weights, listening.said, metrics)
-
-
-def _whole(module: nn.Module) -> dict[str, Tensor]:
-    weights = {}
-    for name, parameter in module.named_parameters():
-        with gathered([parameter]):
-            weights[name] = whole(parameter).clone()
-    return weights
 
 
 def _difference(alone: Outcome, other: Outcome) -> Difference:

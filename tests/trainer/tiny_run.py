@@ -31,7 +31,7 @@ from lightrft.lightning_modules import ActorModule, CriticModule
 from lightrft.module import RFTModule
 from lightrft.rewards import Component, FunctionReward, RewardInput, Scorer
 from lightrft.samples import Sampling
-from lightrft.strategies import state
+from lightrft.strategies import gathered, state, whole
 from lightrft.trainer import RFTTrainer
 
 # An exported folder, its model a Qwen2, is read with Qwen2's tokenizer class, which wants a token of this name.
@@ -156,6 +156,21 @@ def fit(
 def weights(run: RFTTrainer) -> dict[str, torch.Tensor]:
     """The policy's, as a copy."""
     return {name: tensor.detach().clone() for name, tensor in run.model.export_parameters()}
+
+
+def whole_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Of any module under any strategy, as copies; every rank asks."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        with gathered([parameter]):
+            found[name] = whole(parameter).clone()
+    return found
+
+
+def write_lessons(folder: Path) -> None:
+    """``lessons.jsonl``: lengths so unlike that ranks have different numbers of micro-batches."""
+    lessons = [{"prompt": "1" * (1 + i % 3) + "=", "response": "23456789012345"[: 1 + (5 * i) % 13]} for i in range(8)]
+    (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
 
 
 def checkpoints(**options: Any) -> RFTCheckpoint:
