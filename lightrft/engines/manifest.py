@@ -37,8 +37,13 @@ class Manifest:
         return self.named[name]
 
     def tied(self, name: str) -> list[str]:
-        """Every name of the weight that ``name`` is one of."""
-        return [other for other, weight in self.named.items() if weight is self.named[name]]
+        """Every name of the weight that ``name`` is one of.
+
+        Raises:
+            EngineError: there is none of that name.
+        """
+        weight = self.find(name)
+        return [other for other, one in self.named.items() if one is weight]
 
     def checked(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[tuple[str, Tensor]]:
         """Pass ``tensors`` on, one after the other.

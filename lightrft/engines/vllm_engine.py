@@ -208,12 +208,16 @@ class VLLMEngine(CheckedEngine):
         self._forget()
 
     def _whole_layers(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Refuse a part of what a layer holds as one, where vLLM would fill the rest with anything."""
+        """Under every name that a weight has, and refusing a part of what a layer holds as one.
+
+        vLLM would keep the old head of tied weights on the CPU, and fill the rest of the layer with anything.
+        """
         seen: set[str] = set()
         for name, tensor in tensors:
             mark()
             seen.add(name)
-            yield name, tensor
+            for one in self._manifest.tied(name):
+                yield one, tensor
         for name in seen:
             lacking = [other for other in self._together.get(name, []) if other not in seen]
             if lacking:
@@ -231,7 +235,7 @@ class VLLMEngine(CheckedEngine):
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        groups = {name: [name, *self._manifest.tied(name)] for name in names if self._manifest.find(name) is not None}
+        groups = {name: [name, *self._manifest.tied(name)] for name in names}
         found = self._in_worker(vllm_weights.fingerprints, sorted({one for group in groups.values() for one in group}))
         # Of tied weights the one that differs, if vLLM holds them apart.
         return {

@@ -110,10 +110,11 @@ def _locate(model: nn.Module, name: str) -> tuple[str, int | None]:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapped = mapper.apply_list([name]) if mapper is not None else [name]
     path = mapped[0].rpartition(".")[0] if mapped else ""
+    own = name.split(".")[-2]
     for packed, parts in getattr(model, "packed_modules_mapping", {}).items():
-        head, _, last = path.rpartition(".")
-        if last in parts and _has(model, f"{head}.{packed}"):
-            return f"{head}.{packed}", parts.index(last)
+        joint = ".".join([*path.split(".")[:-1], packed])  # where some versions' mapper leads by itself
+        if own in parts and own != packed and _has(model, joint):
+            return joint, parts.index(own)
     if not _has(model, path):
         raise EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
     return path, None
