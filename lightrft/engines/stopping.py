@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, StoppingCriteria
 
 
 class Detokenizer:
@@ -33,6 +33,13 @@ class Detokenizer:
         """The text exactly as written: nothing tidied up."""
         visible = [token for token in token_ids if token in self._visible]
         return str(self._tokenizer.decode(visible, clean_up_tokenization_spaces=False))
+
+    def decode_all(self, responses: Sequence[Sequence[int]]) -> list[str]:
+        """:meth:`decode` of each, over all cores where the tokenizer can."""
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+            return [self.decode(tokens) for tokens in responses]
+        visible = [[token for token in tokens if token in self._visible] for tokens in responses]
+        return list(self._tokenizer.backend_tokenizer.decode_batch(visible, skip_special_tokens=False))
 
     def special_id(self, text: str) -> int | None:
         """Id of the special token that ``text`` is, if it is one: its text is never decoded."""

@@ -61,7 +61,7 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
 
 
 def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """What vLLM makes of a weight ``[N, K]`` under ``fp8_per_channel``: float8 ``[N, K]`` and float32 scales ``[N]``."""
+    """What vLLM makes of a weight ``[N, K]`` under ``fp8_per_channel``: float8 ``[N, K]``, float32 scales ``[N]``."""
     from vllm import _custom_ops as ops
 
     weight, scale = ops.scaled_fp8_quant(tensor.contiguous(), scale=None, use_per_token_if_dynamic=True)
