@@ -117,6 +117,28 @@ class RolloutCallback(RFTCallback):
     engine: Engine
     sampling: Sampling
 
+    def prompts_to_draw(self, prompts: int) -> int:
+        """How many prompts, over all ranks, :meth:`sample` must be given for it to answer ``prompts`` of them."""
+        return prompts
+
+    def sample(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, run_seed: int, iteration: int) -> Rollout:
+        """Training responses. Their prompts may be earlier ones, those given being kept for later.
+
+        Args:
+            prompts: this rank's part of as many as :meth:`prompts_to_draw` asked for.
+            samples_per_prompt, run_seed, iteration: as in :meth:`generate`.
+
+        Returns:
+            this rank's part of as many groups as were asked for, each whole: of every optimizer step's share one block.
+        """
+        return self.generate(
+            prompts,
+            samples_per_prompt=samples_per_prompt,
+            run_seed=run_seed,
+            iteration=iteration,
+            sampling=self.sampling,
+        )
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -126,7 +148,10 @@ class RolloutCallback(RFTCallback):
         iteration: int,
         sampling: Sampling | None = None,
     ) -> Rollout:
-        """Sample ``samples_per_prompt`` responses to each prompt; a fixed function of weights, prompts and seeds."""
+        """Sample ``samples_per_prompt`` responses to each prompt; a fixed function of weights, prompts and seeds.
+
+        With the current weights, at once: for validation and greedy baselines.
+        """
         raise NotImplementedError
 
 

@@ -33,10 +33,13 @@ class Engine:
 
     Attributes:
         tensor_parallel_size: ranks that hold the engine together.
+        in_own_process: it computes in a process of its own, so that :meth:`generate` may run in a thread while this
+            process trains. One call at a time.
         weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
     """
 
     tensor_parallel_size: int = 1
+    in_own_process: bool = False
     weight_version: int = -1
 
     @property

@@ -40,6 +40,34 @@ class Detokenizer:
         return token if token in self._special else None
 
 
+class StopFinder:
+    """Reads one response token by token, and knows the token that completes a stop string.
+
+    Args:
+        stops: the strings.
+        detokenizer: what decodes.
+    """
+
+    def __init__(self, stops: Sequence[str], detokenizer: Detokenizer) -> None:
+        self._stops = stops
+        self._detokenizer = detokenizer
+        # A visible token is a byte or more. The few before them keep what decoders strip at a start out of the match.
+        self.window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
+        self._tail: deque[int] = deque(maxlen=self.window)
+
+    def read(self, token_ids: Iterable[int]) -> None:
+        """Take tokens that complete none."""
+        self._tail.extend(token for token in token_ids if self._detokenizer.visible(token))
+
+    def completes(self, token: int) -> bool:
+        """Take the next token: whether it completes one of them."""
+        if not self._detokenizer.visible(token):
+            return False
+        self._tail.append(token)
+        text = self._detokenizer.decode(self._tail)
+        return any(stop in text for stop in self._stops)
+
+
 class StopStrings(StoppingCriteria):
     """Ends a row at the token that completes a stop string, be the string inside one token or across many.
 
@@ -55,29 +83,45 @@ class StopStrings(StoppingCriteria):
 
     def __init__(self, stops: Sequence[str], stop_ids: frozenset[int], rows: int, detokenizer: Detokenizer) -> None:
         self.ends: dict[int, int] = {}
-        self._stops = stops
         self._stop_ids = stop_ids
-        self._detokenizer = detokenizer
         self._tokens = 0
-        # A visible token is a byte or more. The few before them keep what decoders strip at a start out of the match.
-        window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
-        self._tails: dict[int, deque[int]] = {row: deque(maxlen=window) for row in range(rows)}
+        self._open = {row: StopFinder(stops, detokenizer) for row in range(rows)}
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         self._tokens += 1
         newest = input_ids[:, -1].tolist()
-        for row, tail in list(self._tails.items()):
+        for row, finder in list(self._open.items()):
             if newest[row] in self._stop_ids:
-                del self._tails[row]
-            elif self._detokenizer.visible(newest[row]):
-                tail.append(newest[row])
-                text = self._detokenizer.decode(tail)
-                if any(stop in text for stop in self._stops):
-                    self.ends[row] = self._tokens
-                    del self._tails[row]
+                del self._open[row]
+            elif finder.completes(newest[row]):
+                self.ends[row] = self._tokens
+                del self._open[row]
         done = torch.zeros(len(newest), dtype=torch.bool)
         done[list(self.ends)] = True
         return done.to(input_ids.device)
+
+
+def stop_across(
+    before: Sequence[int], after: Sequence[int], stops: Sequence[str], detokenizer: Detokenizer
+) -> int | None:
+    """Where a stop string that begins in one segment of a response ends in the next.
+
+    Args:
+        before: tokens so far, which complete none.
+        after: those that follow, in which a string from beginning to end would have ended them.
+        stops: the strings; there may be none.
+        detokenizer: what decodes.
+
+    Returns:
+        the tokens of ``after`` up to the one that completes it; ``None`` where there is none.
+    """
+    if not stops:
+        return None
+    finder = StopFinder(stops, detokenizer)
+    finder.read(before)
+    # Every visible token is a byte or more: what begins before has ended within the window.
+    visible = [position for position, token in enumerate(after, 1) if detokenizer.visible(token)]
+    return next((position for position in visible[: finder.window] if finder.completes(after[position - 1])), None)
 
 
 def response_length(token_ids: Sequence[int], stop_ids: frozenset[int]) -> int:
