@@ -93,9 +93,8 @@ class AheadRollout(InFlight):
         waiting = [group for group in groups if not group.responses]
         if not waiting:  # on every rank, as all hold as many
             return
-        asked, own = self._group.join([(group.prompt, group.seeds) for group in waiting])
-        prompts, seeds = [prompt for prompt, _ in asked], [seeds for _, seeds in asked]
-        self._pending = waiting, own, self._thread.submit(self.engine.generate, prompts, self.sampling, seeds)
+        asked, seeds, own = self._group.join([one.prompt for one in waiting], [one.seeds for one in waiting])
+        self._pending = waiting, own, self._thread.submit(self.engine.generate, asked, self.sampling, seeds)
 
     def _collect(self) -> None:
         """Wait for what is being sampled; what the thread raised is raised here."""

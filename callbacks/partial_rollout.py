@@ -14,8 +14,9 @@ from torch import Tensor
 from lightrft import samples
 from lightrft.callbacks.in_flight import Group, InFlight
 from lightrft.engines import Engine
-from lightrft.engines.seeds import segment_seed
-from lightrft.engines.stopping import Detokenizer, before_stop, stop_across
+from lightrft.engines.continuation import after, joined, spelled
+from lightrft.engines.seeds import continuation_seed
+from lightrft.engines.stopping import Detokenizer
 from lightrft.samples import Prompt, Response, Sampling
 from lightrft.whereabouts import mark
 
@@ -108,13 +109,14 @@ class PartialRollout(InFlight):
         for group, responses in zip(begin, answers):
             group.responses = responses
         for (group, i), (more,) in zip(going, answers[len(begin) :], strict=True):
-            group.responses[i] = self._joined(group.responses[i], more)
+            group.responses[i] = response = joined(group.responses[i], more, self._stops, self._detokenizer)
+            if not self._goes_on(response):
+                response.text = spelled(response, self._stops, self._detokenizer)
 
     def _continuation(self, group: Group, index: int) -> _Request:
-        """The response so far becomes part of the prompt, whose media stay with it."""
-        begun = group.responses[index].token_ids
-        prompt = dataclasses.replace(group.prompt, token_ids=torch.cat([group.prompt.token_ids, begun]))
-        return _Request(prompt, self._segment(len(begun)), [segment_seed(group.seeds[index], len(begun))])
+        begun, position = group.responses[index], len(group.responses[index].token_ids)
+        seeds = [continuation_seed(group.seeds[index], position)]
+        return _Request(after(group.prompt, begun), self._segment(position), seeds)
 
     def _segment(self, position: int) -> Sampling:
         tokens = min(self.segment_tokens, self.sampling.max_new_tokens - position)
@@ -122,30 +124,15 @@ class PartialRollout(InFlight):
         return dataclasses.replace(self.sampling, max_new_tokens=tokens, fire=None if position else self.sampling.fire)
 
     def _answers(self, requests: Sequence[_Request]) -> list[list[Response]]:
-        asked, own = self._group.join(requests)
+        wanted = list(dict.fromkeys(request.sampling for request in requests))
         answers: dict[int, list[Response]] = {}
-        for sampling in dict.fromkeys(request.sampling for request in asked):
-            numbers = [number for number, request in enumerate(asked) if request.sampling == sampling]
-            prompts, seeds = [asked[n].prompt for n in numbers], [asked[n].seeds for n in numbers]
-            answers.update(zip(numbers, self.engine.generate(prompts, sampling, seeds), strict=True))
-        return [answers[number] for number in range(len(asked))][own]
-
-    def _joined(self, begun: Response, more: Response) -> Response:
-        """A response and its next segment; nothing that was known of its tokens changes."""
-        if more.finish_reason == "abort":
-            return more
-        end = stop_across(begun.token_ids.tolist(), more.token_ids.tolist(), self._stops, self._detokenizer)
-        joined = dataclasses.replace(
-            more,
-            token_ids=torch.cat([begun.token_ids, more.token_ids[:end]]),
-            log_probs=torch.cat([begun.log_probs, more.log_probs[:end]]),
-            finish_reason="stop" if end is not None else more.finish_reason,
-            segments=_segments(begun, len(more.token_ids[:end]), more.weight_version),
-            seed=begun.seed,
-        )
-        if not self._goes_on(joined):
-            joined.text = before_stop(self._detokenizer.decode(joined.token_ids.tolist()), self._stops)
-        return joined
+        # Each sampling is a call, in which all ranks of the engine take part.
+        for sampling in dict.fromkeys(one for part in self._group.everyone(wanted) for one in part):
+            numbers = [number for number, request in enumerate(requests) if request.sampling == sampling]
+            asked = [requests[number] for number in numbers]
+            prompts, seeds, own = self._group.join([one.prompt for one in asked], [one.seeds for one in asked])
+            answers.update(zip(numbers, self.engine.generate(prompts, sampling, seeds)[own], strict=True))
+        return [answers[number] for number in range(len(requests))]
 
     def _goes_on(self, response: Response) -> bool:
         return response.finish_reason == "length" and len(response.token_ids) < self.sampling.max_new_tokens
@@ -163,14 +150,6 @@ class PartialRollout(InFlight):
         sizes = self._sharding.everyone([len(one) for one in sent])
         received = self._sharding.exchange(sent, [of_rank[self._rank] for of_rank in sizes])
         return sorted((group for one in received for group in _unpacked(one)), key=lambda group: group.number)
-
-
-def _segments(begun: Response, tokens: int, version: int) -> list[tuple[int, int]]:
-    segments = begun.segments or [(len(begun.token_ids), begun.weight_version)]
-    if segments[-1][1] != version:
-        return [*segments, (tokens, version)]
-    merged = [*segments[:-1], (segments[-1][0] + tokens, version)]
-    return merged if len(merged) > 1 else []
 
 
 def _packed(groups: Sequence[Group]) -> Tensor:

@@ -10,11 +10,15 @@ from lightrft.engines.group import EngineGroup
 
 if TYPE_CHECKING:
     from lightrft.engines.transformers_engine import TransformersEngine
+    from lightrft.engines.vllm_engine import VLLMEngine
 
-__all__ = ["Engine", "EngineError", "EngineGroup", "TransformersEngine"]
+__all__ = ["Engine", "EngineError", "EngineGroup", "TransformersEngine", "VLLMEngine"]
 
 # Imported on first use: an engine's libraries take seconds to import, and a run uses one engine.
-_ENGINES = {"TransformersEngine": "lightrft.engines.transformers_engine"}
+_ENGINES = {
+    "TransformersEngine": "lightrft.engines.transformers_engine",
+    "VLLMEngine": "lightrft.engines.vllm_engine",
+}
 
 
 def __getattr__(name: str) -> Any:

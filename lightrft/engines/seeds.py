@@ -18,22 +18,12 @@ def response_seed(run_seed: int, iteration: int, prompt_uid: str, sample_index: 
         63 bits of a BLAKE2b hash of the four: the same in every process, on every platform and Python.
     """
     # The text comes last: numbers hold no separator, so no two quadruples share an encoding.
-    return _hashed(f"{int(run_seed)}/{int(iteration)}/{int(sample_index)}/{prompt_uid}")
-
-
-def segment_seed(seed: int, position: int) -> int:
-    """Seed of a response's next tokens, where its sampling was interrupted.
-
-    Args:
-        seed: of the response (:func:`response_seed`).
-        position: tokens that it has.
-
-    Returns:
-        63 bits of a BLAKE2b hash of the two; before the first token the response's own seed.
-    """
-    return _hashed(f"{int(seed)}+{int(position)}") if position else seed
-
-
-def _hashed(key: str) -> int:
+    key = f"{int(run_seed)}/{int(iteration)}/{int(sample_index)}/{prompt_uid}"
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def continuation_seed(seed: int, position: int) -> int:
+    """Seed of what goes on after the first ``position`` tokens of the response that began with ``seed``."""
+    digest = hashlib.blake2b(f"{int(seed)}+{int(position)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -40,12 +40,15 @@ class Detokenizer:
         return token if token in self._special else None
 
 
-class StopFinder:
-    """Reads one response token by token, and knows the token that completes a stop string.
+class Tail:
+    """The end of one response's text, in which a stop string is looked for, be it inside one token or across many.
 
     Args:
         stops: the strings.
         detokenizer: what decodes.
+
+    Attributes:
+        window: most visible tokens over which a string lies.
     """
 
     def __init__(self, stops: Sequence[str], detokenizer: Detokenizer) -> None:
@@ -53,23 +56,19 @@ class StopFinder:
         self._detokenizer = detokenizer
         # A visible token is a byte or more. The few before them keep what decoders strip at a start out of the match.
         self.window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
-        self._tail: deque[int] = deque(maxlen=self.window)
+        self._tokens: deque[int] = deque(maxlen=self.window)
 
-    def read(self, token_ids: Iterable[int]) -> None:
-        """Take tokens that complete none."""
-        self._tail.extend(token for token in token_ids if self._detokenizer.visible(token))
-
-    def completes(self, token: int) -> bool:
-        """Take the next token: whether it completes one of them."""
+    def completed_by(self, token: int) -> bool:
+        """Take the response's next token; whether it completes a stop string."""
         if not self._detokenizer.visible(token):
             return False
-        self._tail.append(token)
-        text = self._detokenizer.decode(self._tail)
+        self._tokens.append(token)
+        text = self._detokenizer.decode(self._tokens)
         return any(stop in text for stop in self._stops)
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row at the token that completes a stop string, be the string inside one token or across many.
+    """Ends a row at the token that completes a stop string.
 
     Args:
         stops: the strings.
@@ -84,18 +83,18 @@ class StopStrings(StoppingCriteria):
     def __init__(self, stops: Sequence[str], stop_ids: frozenset[int], rows: int, detokenizer: Detokenizer) -> None:
         self.ends: dict[int, int] = {}
         self._stop_ids = stop_ids
-        self._tokens = 0
-        self._open = {row: StopFinder(stops, detokenizer) for row in range(rows)}
+        self._length = 0
+        self._tails = {row: Tail(stops, detokenizer) for row in range(rows)}
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        self._tokens += 1
+        self._length += 1
         newest = input_ids[:, -1].tolist()
-        for row, finder in list(self._open.items()):
+        for row, tail in list(self._tails.items()):
             if newest[row] in self._stop_ids:
-                del self._open[row]
-            elif finder.completes(newest[row]):
-                self.ends[row] = self._tokens
-                del self._open[row]
+                del self._tails[row]
+            elif tail.completed_by(newest[row]):
+                self.ends[row] = self._length
+                del self._tails[row]
         done = torch.zeros(len(newest), dtype=torch.bool)
         done[list(self.ends)] = True
         return done.to(input_ids.device)
@@ -104,7 +103,7 @@ class StopStrings(StoppingCriteria):
 def stop_across(
     before: Sequence[int], after: Sequence[int], stops: Sequence[str], detokenizer: Detokenizer
 ) -> int | None:
-    """Where a stop string that begins in one segment of a response ends in the next.
+    """Where a stop string that begins in one part of a response ends in the next.
 
     Args:
         before: tokens so far, which complete none.
@@ -117,11 +116,12 @@ def stop_across(
     """
     if not stops:
         return None
-    finder = StopFinder(stops, detokenizer)
-    finder.read(before)
-    # Every visible token is a byte or more: what begins before has ended within the window.
+    tail = Tail(stops, detokenizer)
+    for token in [token for token in before if detokenizer.visible(token)][-tail.window :]:
+        tail.completed_by(token)
+    # What begins before has ended within the window.
     visible = [position for position, token in enumerate(after, 1) if detokenizer.visible(token)]
-    return next((position for position in visible[: finder.window] if finder.completes(after[position - 1])), None)
+    return next((position for position in visible[: tail.window] if tail.completed_by(after[position - 1])), None)
 
 
 def response_length(token_ids: Sequence[int], stop_ids: frozenset[int]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,21 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
     GenerationConfig,
     LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 
-from lightrft.engines.base import Engine, EngineError, WakePart
+from lightrft.engines.base import EngineError, WakePart
+from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.draw import SeededDraw, uniforms, warpers
-from lightrft.engines.group import EngineGroup
 from lightrft.engines.prefill import cache_argument, can_share_prefill, shared_prefill
-from lightrft.engines.stopping import Detokenizer, StopStrings, before_stop, response_length
-from lightrft.engines.tensor_parallel import place, without_parameters
+from lightrft.engines.skeleton import build
+from lightrft.engines.stopping import StopStrings, before_stop, response_length
+from lightrft.engines.tensor_parallel import place
 from lightrft.engines.weights import Weights
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
@@ -34,11 +30,11 @@ from lightrft.whereabouts import mark
 _SCORED_LOGITS = 1 << 28
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(CheckedEngine):
     """Samples with ``model.generate`` of ``transformers``: no extra to install, every architecture it knows.
 
-    Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, top-k,
-    top-p and min-p, in this order; a hot first token: FIRE's top-k and temperature), so a greedy token's is 0. The
+    Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, min-p,
+    top-k and top-p, in this order; a hot first token: FIRE's top-k and temperature), so a greedy token's is 0. The
     vocabulary is the trainer's: ids that pad it beyond the tokenizer stay in the distribution, and decode to nothing.
 
     Args:
@@ -64,45 +60,29 @@ class TransformersEngine(Engine):
             raise ValueError(f"sequences_per_batch is {sequences_per_batch}; it must be at least 1.")
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size is {tensor_parallel_size}; it must be at least 1.")
+        super().__init__()
         self.sequences_per_batch = sequences_per_batch
         self.tensor_parallel_size = tensor_parallel_size
         self._wanted_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self._model: Any = None
-        self._closed = False
-        self._asleep: set[WakePart] = set()
 
     @property
     def dtype(self) -> torch.dtype | None:
         """As asked for in the constructor; once started, what the model is really in."""
         return self._wanted_dtype if self._model is None else self._model.dtype
 
-    def start(self, config: Any, tokenizer: Any, device: torch.device, group: EngineGroup | None = None) -> None:
-        if self._model is not None:
-            raise EngineError("TransformersEngine is started; close it before it starts anew.")
-        self._group = group or EngineGroup()
-        if self._group.size != self.tensor_parallel_size:
-            raise EngineError(
-                f"TransformersEngine has tensor_parallel_size={self.tensor_parallel_size}, but was started on a group "
-                f"of {self._group.size}; pass EngineGroup({self.tensor_parallel_size})."
-            )
-        self._closed, self._asleep = False, set()
-        self._device = torch.device(device)
-        model = _build(copy.deepcopy(config), self._wanted_dtype, self._device)
+    def _start(self, config: Any, tokenizer: Any) -> None:
+        model = build(config, self._wanted_dtype, self._device)
         self._weights = Weights(model, place(model, self._group, self._device), self._group)
         self._model = model
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop_ids = _stop_ids(self._model, tokenizer)
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stop_ids, default=0)
         self._shares_prefill = can_share_prefill(self._model)
         # What the folder recommends (penalties, top-k) would change the distribution behind the trainer's back.
         self._model.generation_config = GenerationConfig()
 
-    def generate(
+    def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Response]]:
-        self._require("weights", "cache")
-        self._require_pushed()
-        self._check(prompts, sampling, seeds)
         draws = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(len(seeds[prompt]))]
         draws.sort(key=lambda draw: len(prompts[draw[0]].token_ids))
         responses: dict[tuple[int, int], Response] = {}
@@ -115,11 +95,7 @@ class TransformersEngine(Engine):
             responses.update(zip(batch, drawn))
         return [[responses[i, k] for k in range(len(group))] for i, group in enumerate(seeds)]
 
-    def score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        self._require("weights", "cache")
-        self._require_pushed()
-        for index, sequence in enumerate(sequences):
-            self._check_ids(sequence, f"sequence {index}", 0)
+    def _score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         scores: dict[int, Tensor] = {}
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         while order:
@@ -129,44 +105,27 @@ class TransformersEngine(Engine):
             scores.update(zip(batch, self._score_batch([sequences[index] for index in batch])))
         return [scores[index] for index in range(len(sequences))]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._require("weights")
-        usable, self.weight_version = self.weight_version >= 0, -1
-        self._weights.push(tensors, complete=not usable)
-        self.weight_version = version
+    def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
+        self._weights.push(tensors, complete)
 
-    def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        self._require("weights")
+    def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         return self._weights.fingerprint(names)
 
-    def sleep(self, level: int = 1) -> None:
-        if level not in (1, 2):
-            raise ValueError(f"level is {level!r}; it must be 1 (weights to host memory) or 2 (weights dropped).")
-        self._require()
-        self._asleep = {"weights", "cache"}
+    def _sleep(self, level: int) -> None:
         if level == 1:
             self._weights.offload()
         else:
             self._weights.drop()
-            self.weight_version = -1
         self._release()
 
-    def wake(self, parts: Sequence[WakePart] = ("weights", "cache")) -> None:
-        unknown = set(parts) - {"weights", "cache"}
-        if unknown:
-            raise ValueError(f"{min(unknown)!r} is no part of an engine; wake 'weights', 'cache' or both.")
-        self._require()
-        if "weights" in parts and "weights" in self._asleep:
+    def _wake(self, part: WakePart) -> None:
+        if part == "weights":
             self._weights.restore()
-        self._asleep -= set(parts)
 
-    def close(self) -> None:
-        if self._model is not None:
-            del self._model, self._weights
-            self._model = None
-            self._release()
-        self._closed = True
-        self.weight_version = -1
+    def _close(self) -> None:
+        del self._model, self._weights
+        self._model = None
+        self._release()
 
     @property
     def _vocabulary(self) -> int:
@@ -177,51 +136,11 @@ class TransformersEngine(Engine):
         if self._device.type != "cpu":
             torch.get_device_module(self._device).empty_cache()
 
-    def _require(self, *parts: WakePart) -> None:
-        if self._model is None:
-            raise EngineError(
-                "TransformersEngine is closed; start() it anew."
-                if self._closed
-                else "Call start() on the engine first."
-            )
-        asleep = [part for part in parts if part in self._asleep]
-        if asleep:
-            raise EngineError(f"The engine's {' and '.join(asleep)} are asleep; call wake({asleep}) first.")
-
-    def _require_pushed(self) -> None:
-        if self.weight_version < 0:
-            raise EngineError("The engine has no usable weights; push all of them with update_weights() first.")
-
-    def _check(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> None:
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} lists of seeds; give one list per prompt.")
-        for prompt in prompts:
-            if prompt.media:
-                raise ValueError(
-                    f"Prompt {prompt.uid!r} has images, audio or video, which TransformersEngine does not read; "
-                    "choose an engine that does."
-                )
-            self._check_ids(prompt.token_ids, f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
-
-    def _check_ids(self, token_ids: Tensor, name: str, new_tokens: int) -> None:
-        if len(token_ids) == 0:
-            raise ValueError(f"{name} has no tokens; an engine needs at least one.")
-        # Inside the model this would be an index error, on a GPU the end of the process.
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self._vocabulary:
-            raise ValueError(f"{name} has token ids outside [0, {self._vocabulary}); use the actor's own tokenizer.")
-        window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if window is not None and len(token_ids) + new_tokens > window:
-            raise ValueError(
-                f"{name} has {len(token_ids)} tokens; with max_new_tokens {new_tokens} that is more than the model's "
-                f"context of {window}; shorten either."
-            )
-
     def _generate_batch(
         self, prompts: Sequence[Prompt], row_of: Sequence[int], seeds: Sequence[int], sampling: Sampling
     ) -> list[Response]:
         """One response per entry of ``row_of``, the index of its prompt."""
-        strings, special = self._split_stops(sampling)
-        stop_ids = self._stop_ids | special | set(sampling.stop_token_ids)
+        strings, stop_ids = self._split_stops(sampling)
         token_ids, mask = self._left_pad([prompt.token_ids for prompt in prompts])
         rows = torch.tensor(row_of, device=self._device)
         length = token_ids.shape[1]
@@ -280,11 +199,6 @@ class TransformersEngine(Engine):
             seed=seed,
         )
 
-    def _split_stops(self, sampling: Sampling) -> tuple[list[str], frozenset[int]]:
-        """Stop strings, less those that are special tokens: these never reach the text, and stop by their ids."""
-        ids = {stop: self._detokenizer.special_id(stop) for stop in sampling.stop}
-        return [stop for stop in ids if ids[stop] is None], frozenset(i for i in ids.values() if i is not None)
-
     def _left_pad(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         shape = (len(prompts), max(map(len, prompts)))
         token_ids = torch.full(shape, self._pad_id, dtype=torch.int64)
@@ -311,42 +225,6 @@ class TransformersEngine(Engine):
         # The engine's dtype is its own, whatever precision plugin is around.
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
-
-
-def _build(config: Any, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """The model with buffers on ``device`` and parameters nowhere, the generators of this process left as they were."""
-    auto = AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        auto = AutoModelForMultimodalLM
-    dtype = dtype or config.dtype or torch.get_default_dtype()
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.device(device), without_parameters():
-        try:
-            # Built in its dtype rather than cast: buffers such as rotary frequencies keep float32, as when loaded.
-            model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        except ValueError:
-            model = _build_eager(auto, config, dtype)
-    return model.eval().requires_grad_(False)
-
-
-def _build_eager(auto: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """For the few architectures without scaled dot product attention."""
-    try:
-        return auto.from_config(config, dtype=dtype, attn_implementation="eager")
-    except ValueError as error:
-        raise EngineError(
-            f"transformers has no model that generates text for {type(config).__name__}: {error}"
-        ) from error
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End of sequence by the tokenizer, the model's config and what it generates by default."""
-    sources = (tokenizer, model.generation_config, model.config.get_text_config())
-    found: set[int] = set()
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    return frozenset(found)
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.engines.seeds import response_seed, segment_seed
+from lightrft.engines.seeds import continuation_seed, response_seed
 
 whole = st.integers(-(2**70), 2**70)
 parts = st.tuples(whole, whole, st.text(st.characters(codec=None)), whole)
@@ -31,12 +31,11 @@ def test_text_that_looks_like_the_other_parts_does_not_collide():
     assert response_seed(1, 2, "4/x", 3) != response_seed(1, 2, "x", 34)
 
 
-def test_segments_of_a_response_begin_with_its_own_seed_and_go_on_with_others():
-    assert segment_seed(5, 0) == 5
-    assert segment_seed(5, 256) == 7840951993868188814  # b2sum -l 64
+def test_seeds_of_continuations_never_change_either():
+    assert continuation_seed(5, 256) == 7840951993868188814  # b2sum -l 64
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(1, 2**20), st.integers(1, 2**20))
-def test_different_segments_have_different_seeds(one, other, begins, ends):
-    assert (segment_seed(one, begins) == segment_seed(other, ends)) == ((one, begins) == (other, ends))
-    assert 0 <= segment_seed(one, begins) < 2**63
+def test_different_continuations_have_different_seeds(one, other, begins, ends):
+    assert (continuation_seed(one, begins) == continuation_seed(other, ends)) == ((one, begins) == (other, ends))
+    assert 0 <= continuation_seed(one, begins) < 2**63
