@@ -33,13 +33,13 @@ class Engine:
 
     Attributes:
         tensor_parallel_size: ranks that hold the engine together.
-        in_own_process: it computes in a process of its own, so that :meth:`generate` may run in a thread while this
-            process trains. One call at a time.
         weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
+        in_own_process: whether it computes in another process, so that one thread may wait in :meth:`generate` while
+            others compute here.
     """
 
-    tensor_parallel_size: int = 1
     in_own_process: bool = False
+    tensor_parallel_size: int = 1
     weight_version: int = -1
 
     @property
