@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightrft import samples
@@ -87,10 +88,10 @@ class InFlight(Rollout):
 
     def on_score_end(self, trainer: Any, pl_module: Any, rollout: samples.Rollout) -> None:
         """How many weight versions behind the current one the tokens are that are to be trained on."""
-        metrics, current = Metrics(), trainer.progress.weight_version
-        for _, response in rollout:
-            metrics.mean("rollout/staleness_mean", current - response.versions)
-            metrics.maximum("rollout/staleness_max", current - response.versions)
+        metrics = Metrics()
+        behind = trainer.progress.weight_version - torch.cat([response.versions for _, response in rollout])
+        metrics.mean("rollout/staleness_mean", behind)
+        metrics.maximum("rollout/staleness_max", behind)
         for name, value in metrics.compute().items():
             trainer.log(name, value)
 

@@ -55,7 +55,7 @@ class RFTCallback(pl.Callback):
         """A phase is over and the trainer's state is complete: the place to save."""
 
     def on_rollout_start(self, trainer: RFTTrainer, pl_module: RFTModule, prompts: Sequence[Prompt]) -> None:
-        """This rank's prompts are drawn; nothing is sampled yet.
+        """This rank's prompts are drawn; none of them is answered yet.
 
         Where an algorithm refills groups, the hooks of a rollout come again in the phase ``score``, once a round.
         """

@@ -167,6 +167,28 @@ def test_a_stop_string_across_segments_ends_the_response_where_it_ends(
     assert stopped > 10
 
 
+def test_long_responses_do_not_hold_the_batch(inputs: Path, tmp_path: Path) -> None:
+    class Counting(TransformersEngine):
+        """Steps of the model: a call takes as many as its longest response."""
+
+        steps = 0
+
+        def generate(self, *args: Any) -> list[list[Response]]:
+            groups = super().generate(*args)
+            self.steps += max((len(one.token_ids) for group in groups for one in group), default=0)
+            return groups
+
+    def steps(name: str, rollout: Any) -> int:
+        usual = [rollout, WeightSync()]
+        model = tiny_run.module(inputs, Algorithm(correction="token_tis"), lr=0.0)
+        tiny_run.fit(inputs, tmp_path / name, usual=usual, model=model, max_iterations=6)
+        return int(rollout.engine.steps)
+
+    sampling = {"max_new_tokens": 32, "stop_token_ids": (2, 3)}
+    waiting = steps("whole", tiny_run.sampler(Counting(), **sampling))
+    assert steps("partial", tiny_run.partial(Counting(), segment_tokens=4, **sampling)) < 0.7 * waiting
+
+
 def test_an_aborted_response_is_complete_and_empty(inputs: Path, tmp_path: Path) -> None:
     class GivesUp(TransformersEngine):
         def generate(self, prompts: Sequence[Prompt], *args: Any) -> list[list[Response]]:
