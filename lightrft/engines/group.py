@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lightrft.engines.base import EngineError
 from lightrft.ops.collectives import everyone
-
-Item = TypeVar("Item")
+from lightrft.samples import Prompt
 
 
 class EngineGroup:
@@ -48,11 +47,14 @@ class EngineGroup:
         """What every rank of the group gives, in their order. Pickled, so for small things."""
         return [item] if self.size == 1 else everyone(item, self._ranks)
 
-    def join(self, items: Sequence[Item]) -> tuple[list[Item], slice]:
-        """The items of all ranks of the group, in their order, and which of them are this rank's. Pickled."""
-        parts = self.everyone(list(items))
-        start = sum(len(part) for part in parts[: self.rank])
-        return [item for part in parts for item in part], slice(start, start + len(items))
+    def join(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]
+    ) -> tuple[list[Prompt], list[list[int]], slice]:
+        """The prompts of all ranks, in their order, with their seeds, and which of them are this rank's. Pickled."""
+        parts = self.everyone((list(prompts), list(map(list, seeds))))
+        start = sum(len(asked) for asked, _ in parts[: self.rank])
+        asked = [prompt for part, _ in parts for prompt in part]
+        return asked, [own for _, part in parts for own in part], slice(start, start + len(prompts))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the group, in place."""

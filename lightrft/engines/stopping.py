@@ -53,14 +53,17 @@ class Tail:
     Args:
         stops: the strings.
         detokenizer: what decodes.
+
+    Attributes:
+        window: most visible tokens over which a string lies.
     """
 
     def __init__(self, stops: Sequence[str], detokenizer: Detokenizer) -> None:
         self._stops = stops
         self._detokenizer = detokenizer
         # A visible token is a byte or more. The few before them keep what decoders strip at a start out of the match.
-        window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
-        self._tokens: deque[int] = deque(maxlen=window)
+        self.window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
+        self._tokens: deque[int] = deque(maxlen=self.window)
 
     def completed_by(self, token: int) -> bool:
         """Take the response's next token; whether it completes a stop string."""
@@ -102,6 +105,30 @@ class StopStrings(StoppingCriteria):
         done = torch.zeros(len(newest), dtype=torch.bool)
         done[list(self.ends)] = True
         return done.to(input_ids.device)
+
+
+def stop_across(
+    before: Sequence[int], after: Sequence[int], stops: Sequence[str], detokenizer: Detokenizer
+) -> int | None:
+    """Where a stop string that begins in one part of a response ends in the next.
+
+    Args:
+        before: tokens so far, which complete none.
+        after: those that follow, in which a string from beginning to end would have ended them.
+        stops: the strings; there may be none.
+        detokenizer: what decodes.
+
+    Returns:
+        the tokens of ``after`` up to the one that completes it; ``None`` where there is none.
+    """
+    if not stops:
+        return None
+    tail = Tail(stops, detokenizer)
+    for token in [token for token in before if detokenizer.visible(token)][-tail.window :]:
+        tail.completed_by(token)
+    # What begins before has ended within the window.
+    visible = [position for position, token in enumerate(after, 1) if detokenizer.visible(token)]
+    return next((position for position in visible[: tail.window] if tail.completed_by(after[position - 1])), None)
 
 
 def response_length(token_ids: Sequence[int], stop_ids: frozenset[int]) -> int:
