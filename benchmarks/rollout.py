@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from lightrft.engines import VLLMEngine
 from lightrft.engines.seeds import response_seed
+from lightrft.ops.fingerprint import fingerprint, joined
 from lightrft.samples import Prompt, Sampling
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -227,7 +228,7 @@ def sync(arguments: argparse.Namespace, **settings: Any) -> None:
     def unequal() -> tuple[int, float]:
         bench.wait()
         start = time.perf_counter()
-        expected = {name: engine.expected(name, tensor) for name, tensor in weights.items()}
+        expected = {name: joined(map(fingerprint, engine.stored(name, one))) for name, one in weights.items()}
         found = engine.fingerprint(list(weights))
         return sum(expected[name] != found[name] for name in weights), time.perf_counter() - start
 

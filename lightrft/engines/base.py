@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightrft.ops.fingerprint import Fingerprint, fingerprint
+from lightrft.engines.float8 import per_row
+from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Engine:
 
     Attributes:
         tensor_parallel_size: ranks that hold the engine together.
+        in_float8: weights that it keeps in 8 bits (:mod:`lightrft.engines.float8`); known once it is started.
         weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
         in_own_process: whether it computes in another process, so that one thread may wait in :meth:`generate` while
             others compute here.
@@ -40,6 +42,7 @@ class Engine:
 
     in_own_process: bool = False
     tensor_parallel_size: int = 1
+    in_float8: frozenset[str] = frozenset()
     weight_version: int = -1
 
     @property
@@ -93,13 +96,9 @@ class Engine:
         """Fingerprints, computed inside the engine, of the weights it computes with; of whole tensors."""
         raise NotImplementedError
 
-    def expected(self, name: str, tensor: Tensor) -> Fingerprint:
-        """What :meth:`fingerprint` must give for ``name`` once ``tensor``, in the engine's dtype, was pushed."""
-        return fingerprint(tensor)
-
-    def kept_together(self, name: str) -> list[str]:
-        """The names that must be pushed if ``name`` is: itself, and what the engine holds as one with it."""
-        return [name]
+    def stored(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+        """As what the engine keeps ``tensor``, in the engine's dtype, once it was pushed: the parts of its fingerprint."""
+        return per_row(tensor) if name in self.in_float8 else (tensor,)
 
     def sleep(self, level: int = 1) -> None:
         """Free device memory: 1 keeps the weights in host memory, 2 drops them (a push must follow waking)."""

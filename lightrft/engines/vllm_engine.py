@@ -104,7 +104,7 @@ class VLLMEngine(CheckedEngine):
             raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
         self._together = self._in_worker(vllm_weights.kept_together, list(self._manifest.named))
-        self._quantised = self._in_worker(vllm_weights.is_quantised, list(self._manifest.named))
+        self.in_float8 = self._in_worker(vllm_weights.in_float8, list(self._manifest.named))
 
     def _make(self, arguments: dict[str, Any]) -> Any:
         """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""
@@ -245,9 +245,6 @@ class VLLMEngine(CheckedEngine):
             if lacking:
                 raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
 
-    def kept_together(self, name: str) -> list[str]:
-        return self._together.get(name, [name])
-
     def _forget(self) -> None:
         """Drop what old weights computed: of prompts, of images and audio."""
         engine = self._llm.llm_engine
@@ -264,11 +261,6 @@ class VLLMEngine(CheckedEngine):
             name: next((found[one] for one in group if found[one] != found[name]), found[name])
             for name, group in groups.items()
         }
-
-    def expected(self, name: str, tensor: Tensor) -> Fingerprint:
-        if name in self._quantised:
-            return vllm_weights.quantised_fingerprint(tensor)
-        return super().expected(name, tensor)
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":
@@ -362,6 +354,6 @@ def _undisturbed(wanted: Mapping[str, str] | None = None) -> Iterator[None]:
         yield
     finally:
         set_random_state(random)
-        torch.set_num_threads = set_num_threads  # type: ignore[assignment]
+        torch.set_num_threads = set_num_threads
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

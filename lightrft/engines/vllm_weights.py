@@ -60,23 +60,10 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
     return {name: _fingerprint(*_held(model, name)) for name in names}
 
 
-def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """What vLLM makes of a weight ``[N, K]`` under ``fp8_per_channel``: float8 ``[N, K]``, float32 scales ``[N]``."""
-    from vllm import _custom_ops as ops
-
-    weight, scale = ops.scaled_fp8_quant(tensor.contiguous(), scale=None, use_per_token_if_dynamic=True)
-    return weight, scale.flatten()
-
-
-def quantised_fingerprint(tensor: Tensor) -> Fingerprint:
-    """What :func:`fingerprints` must find of ``tensor`` after a push."""
-    return _fingerprint(*quantised(tensor))
-
-
-def is_quantised(worker: Any, names: Sequence[str]) -> set[str]:
-    """The names among ``names`` whose weight the model holds in float8."""
+def in_float8(worker: Any, names: Sequence[str]) -> frozenset[str]:
+    """The names among ``names`` whose weight the model holds in 8 bits."""
     model = worker.model_runner.model
-    return {name for name in names if _held(model, name)[1] is not None}
+    return frozenset(name for name in names if _held(model, name)[1] is not None)
 
 
 def _remade(worker: Any) -> bool:
@@ -88,10 +75,10 @@ def _fingerprint(weight: Tensor, scale: Tensor | None) -> Fingerprint:
     return fingerprint(weight) if scale is None else joined([fingerprint(weight), fingerprint(scale)])
 
 
-def _held(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def _held(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """A weight as the model computes with it, and the scales of its rows where it is in float8."""
     path, part = _locate(model, name)
-    module = model.get_submodule(path)
+    module: Any = model.get_submodule(path)
     leaf = name.rpartition(".")[2]
     rows = _rows(module, part)
     scale = getattr(module, "weight_scale", None) if leaf == "weight" else None
@@ -128,7 +115,7 @@ def _has(model: nn.Module, path: str) -> bool:
     return bool(path)
 
 
-def _rows(module: nn.Module, part: int | None) -> slice:
+def _rows(module: Any, part: int | None) -> slice:
     if part is not None:
         sizes = module.output_partition_sizes
         return slice(sum(sizes[:part]), sum(sizes[: part + 1]))
@@ -136,7 +123,7 @@ def _rows(module: nn.Module, part: int | None) -> slice:
     return slice(0, getattr(module, "org_vocab_size", None))
 
 
-def _read_packed(module: nn.Module) -> Tensor:
+def _read_packed(module: Any) -> Tensor:
     """The matrix ``[N, K]`` that ``cpu_linear`` multiplies by, which may be a packed copy: its products with units."""
     width = getattr(module, "input_size_per_partition", None) or module.weight.shape[1]
     with torch.no_grad():
