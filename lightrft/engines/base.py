@@ -97,7 +97,7 @@ class Engine:
         raise NotImplementedError
 
     def stored(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        """As what the engine keeps ``tensor``, in the engine's dtype, once it was pushed: the parts of its fingerprint."""
+        """As what it keeps ``tensor``, in its dtype, once that was pushed: the parts of the fingerprint."""
         return per_row(tensor) if name in self.in_float8 else (tensor,)
 
     def sleep(self, level: int = 1) -> None:
