@@ -15,8 +15,8 @@ from lightrft.strategies.placement import Placement
 GIB = 2**30
 # Of matrix products on Hopper, from torch's allocator (CUDAContextLight: 32 MiB).
 _LIBRARY_WORKSPACE = 32 * 2**20
-# A fingerprint holds five int64 for each element, of 4 Mi elements at a time.
-_FINGERPRINT_BYTES, _FINGERPRINT_ELEMENTS = 40, 2**22
+# A fingerprint holds an int64 for each element, of 16 Mi elements at a time.
+_FINGERPRINT_BYTES, _FINGERPRINT_ELEMENTS = 8, 2**24
 
 Terms = dict[str, int]
 
