@@ -3,8 +3,8 @@
     python benchmarks/probe.py            # the GPU, if there is one: bfloat16 weights in Qwen2.5's shapes
     python benchmarks/probe.py --blocks 1 # one block of each instead of all
 
-Adds a line for the device to ``benchmarks/results/probe.jsonl``: milliseconds of one side (median of 5), seconds for each
-GB, and the largest memory beside the weights. The goal of 1 % is of the iteration, both sides together.
+Adds lines for the device to ``benchmarks/results/probe.jsonl``: milliseconds of one side (median of 5), seconds for
+each GB, and the largest memory beside the weights. The goal of 1 % is of the iteration, both sides together.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lightrft.engines.adapter import Adapter
 from lightrft.engines.base import Engine, EngineError, WakePart
 from lightrft.engines.draw import SeededDraw, uniforms, warpers
 from lightrft.engines.group import EngineGroup
@@ -89,6 +90,7 @@ class TransformersEngine(Engine):
         self._device = torch.device(device)
         model = _build(copy.deepcopy(config), self._wanted_dtype, self._device)
         self._weights = Weights(model, place(model, self._group, self._device), self._group)
+        self._adapter = Adapter(model)
         self._model = model
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_ids = _stop_ids(self._model, tokenizer)
@@ -132,12 +134,25 @@ class TransformersEngine(Engine):
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._require("weights")
         usable, self.weight_version = self.weight_version >= 0, -1
+        self._adapter.remove()
         self._weights.push(tensors, complete=not usable)
+        self.weight_version = version
+
+    def update_adapter(self, scaling: float, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._require("weights")
+        self._require_pushed()
+        if self._group.size > 1:
+            raise EngineError(
+                f"TransformersEngine over {self._group.size} ranks takes no adapters; set WeightSync's lora to merged, "
+                "or tensor_parallel_size to 1."
+            )
+        self.weight_version = -1
+        self._adapter.push(scaling, tensors)
         self.weight_version = version
 
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         self._require("weights")
-        return self._weights.fingerprint(names)
+        return self._weights.fingerprint(names, self._adapter.matrices)
 
     def sleep(self, level: int = 1) -> None:
         if level not in (1, 2):
@@ -146,8 +161,10 @@ class TransformersEngine(Engine):
         self._asleep = {"weights", "cache"}
         if level == 1:
             self._weights.offload()
+            self._adapter.move(torch.device("cpu"))
         else:
             self._weights.drop()
+            self._adapter.remove()
             self.weight_version = -1
         self._release()
 
@@ -158,11 +175,12 @@ class TransformersEngine(Engine):
         self._require()
         if "weights" in parts and "weights" in self._asleep:
             self._weights.restore()
+            self._adapter.move(self._device)
         self._asleep -= set(parts)
 
     def close(self) -> None:
         if self._model is not None:
-            del self._model, self._weights
+            del self._model, self._weights, self._adapter
             self._model = None
             self._release()
         self._closed = True

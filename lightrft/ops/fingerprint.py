@@ -51,7 +51,7 @@ class Fingerprints:
         self._taken: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def add(self, name: str, tensor: Tensor, shard: Shard | None = None) -> None:
-        """Take that of a tensor of any floating or integer dtype; it may change afterwards. In chunks of 128 MiB at most.
+        """Take that of a tensor of any floating or integer dtype, which may change afterwards. Needs 128 MiB at most.
 
         Args:
             name: what to call it.
