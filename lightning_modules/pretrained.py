@@ -232,18 +232,19 @@ def exported_adapter(model: PreTrainedModel, dtype: torch.dtype | None = None) -
 def frozen_weights(model: PreTrainedModel, merged: bool = True) -> frozenset[str]:
     """Names, among those of :func:`exported_weights`, of parameters that training leaves as they are.
 
-    Only where all of a module's are: engines fuse siblings (queries, keys and values; gate and up), of which one alone
-    may change nothing. Buffers are not among them: a forward may write them.
+    Of linear layers only where their siblings' are too: engines fuse these (queries, keys and values; gate and up), and
+    one of them alone may change nothing there. Buffers are not among them: a forward may write them.
     """
     adapted = {f"{name}.weight" for name, _ in _adapted(model) if merged}
-    frozen: dict[str, bool] = {}
-    modules: dict[str, bool] = {}
+    groups: dict[str, str] = {}
+    trained: set[str] = set()
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
-            plain = _plain(name)
-            frozen[plain] = not parameter.requires_grad and plain not in adapted
-            modules[_siblings(plain)] = modules.get(_siblings(plain), True) and frozen[plain]
-    return frozenset(name for name in frozen if modules[_siblings(name)])
+            plain, owner = _plain(name), model.get_submodule(name.rpartition(".")[0])
+            groups[plain] = _siblings(plain) if isinstance(owner, nn.Linear) else plain
+            if parameter.requires_grad or plain in adapted:
+                trained.add(groups[plain])
+    return frozenset(name for name, group in groups.items() if group not in trained)
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
@@ -263,7 +264,8 @@ def _plain(name: str) -> str:
 
 
 def _siblings(name: str) -> str:
-    """What a weight shares with those that an engine may fuse it with: its module's parent, numbered ones being one."""
+    """What a weight shares with those that an engine may fuse it with: its module's parent, numbered ones (experts)
+    being one."""
     parent = ".".join(name.split(".")[:-2])
     return re.sub(r"\.\d+$", "", parent)
 
