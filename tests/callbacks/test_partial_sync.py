@@ -93,8 +93,7 @@ def test_frozen_weights_travel_once_and_with_a_trained_sibling_each_time(inputs:
     trainer = run(inputs, tmp_path, engine, model=actor(inputs))
     everything = names_of(trainer)
     frozen = {name for name in everything if "embed_tokens" in name or "layers.0." in name}
-    # Norms of all blocks count as siblings, and queries alone would be one shard of a fused layer.
-    frozen -= {name for name in everything if "layernorm" in name}
+    # The queries of the other block are frozen as well, but alone they would be one shard of a fused layer.
     assert engine.pushes == [everything, everything - frozen, everything - frozen]
     assert QUERIES in frozen and QUERIES.replace(".0.", ".1.") not in frozen
 
@@ -130,7 +129,6 @@ def test_what_is_frozen_midway_travels_once_more(inputs: Path, tmp_path: Path) -
 def test_a_run_is_the_same_whether_frozen_weights_travel_or_not(inputs: Path, tmp_path: Path) -> None:
     runs = [run(inputs, tmp_path / str(level), Recording(), model=actor(inputs), level=level) for level in (1, 2)]
     assert tiny_run.differences(*map(tiny_run.weights, runs)) == []
-    assert tiny_run.trajectories is not None
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -144,6 +142,7 @@ def test_merged_lora_leaves_out_what_no_adapter_changes(inputs: Path, tmp_path: 
     engine = Recording()
     trainer = run(inputs, tmp_path, engine, model=lora(inputs))
     everything = names_of(trainer)
+    # Biases stay as they are, but are siblings of what the adapter changes.
     assert engine.pushes == [everything, *[{name for name in everything if "_proj." in name}] * 2]
 
 
@@ -153,9 +152,7 @@ def test_an_adapter_alone_follows_the_base(inputs: Path, tmp_path: Path) -> None
     assert engine.pushes == [names_of(trainer)]
     layers = [name.removesuffix(".weight") for name in names_of(trainer) if name.endswith("_proj.weight")]
     assert set(engine.adapters[0]) == {f"{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
-    ups = [
-        sum(float(tensor.abs().sum()) for name, tensor in one.items() if "lora_B" in name) for one in engine.adapters
-    ]
+    ups = [sum(float(one[f"{layer}.lora_B.weight"].abs().sum()) for layer in layers) for one in engine.adapters]
     assert len(ups) == 3 and ups[0] == 0 < ups[1]
     assert trainer.callback_metrics["weight_sync/mismatch_nats"] < 1e-5
 
@@ -187,7 +184,7 @@ def test_a_scaling_that_is_off_stops_the_run(inputs: Path, tmp_path: Path) -> No
 
 
 def test_an_adapter_without_lora_is_refused(inputs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lora=adapter, but model.actor.lora is not set"):
+    with pytest.raises(ValueError, match=r"lora=adapter, but model\.actor\.lora is not set"):
         run(inputs, tmp_path, TransformersEngine(), WeightSync(lora="adapter"), model=actor(inputs))
     with pytest.raises(ValueError, match="lora is 'apart'"):
         WeightSync(lora="apart")  # type: ignore[arg-type]
