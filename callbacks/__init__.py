@@ -8,6 +8,7 @@ from lightrft.callbacks.checkpoint import RFTCheckpoint
 from lightrft.callbacks.engine_sleep_wake import EngineSleepWake
 from lightrft.callbacks.huggingface_export import HuggingFaceExport
 from lightrft.callbacks.kl_controller import KLController
+from lightrft.callbacks.offload_during_rollout import OffloadDuringRollout
 from lightrft.callbacks.progress_bar import ProgressBar
 from lightrft.callbacks.rollout import Rollout
 from lightrft.callbacks.run_summary import RunSummary
@@ -20,6 +21,7 @@ __all__ = [
     "EngineSleepWake",
     "HuggingFaceExport",
     "KLController",
+    "OffloadDuringRollout",
     "ProgressBar",
     "RFTCheckpoint",
     "Rollout",

@@ -33,3 +33,10 @@ def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor.detach().to(dtype).full_tensor()
     # What was gathered is given back at the end of the context.
     return tensor.detach().to(dtype, copy=hasattr(tensor, "ds_id"))
+
+
+def local_parts(tensor: Tensor) -> list[Tensor]:
+    """Plain tensors in which this rank's part lies; under ZeRO 3 also the whole one, while it is gathered."""
+    if isinstance(tensor, DTensor):
+        return [tensor.detach().to_local()]
+    return [tensor.detach(), *([tensor.ds_tensor] if hasattr(tensor, "ds_id") else [])]
