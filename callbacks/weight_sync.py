@@ -15,8 +15,10 @@ from lightrft.ops import Fingerprint, Fingerprints, pack
 from lightrft.samples import Prompt, Sampling
 from lightrft.whereabouts import mark
 
-# Longer than the blocks in which engines cache prefixes (16 tokens); of each prompt so many first tokens are drawn.
-_PROBE_PROMPTS, _PROBE_TOKENS, _PROBE_DRAWS = 2, 40, 16
+# Longer than two of the blocks in which engines cache prefixes (16 tokens); each is continued a little.
+_PROBE_PROMPTS, _PROBE_TOKENS, _PROBE_NEW_TOKENS = 4, 33, 4
+PROBE = (_PROBE_PROMPTS, _PROBE_TOKENS + _PROBE_NEW_TOKENS, _PROBE_TOKENS + _PROBE_NEW_TOKENS - 1)
+"""What the trainer computes for a probe: sequences, tokens and predictions of each."""
 # Nats: twice what an engine with 8-bit weights differs by; beyond it nothing is right, whatever the first sync says.
 _LARGEST_MISMATCH = 0.5
 
@@ -130,19 +132,13 @@ class WeightSync(RFTCallback):
     def _compare_log_probs(self, trainer: Any, engine: Any) -> float:
         """Mean absolute difference of the probe tokens' log-probs, in nats: scored or sampled, whichever is larger."""
         prompts = _probe_prompts(len(trainer.model.tokenizer))
-        groups = engine.generate(prompts, Sampling(max_new_tokens=1), [range(_PROBE_DRAWS)] * len(prompts))
-        pairs = [(prompt, response) for prompt, group in zip(prompts, groups) for response in group]
-        sequences = [torch.cat([prompt.token_ids, response.token_ids]) for prompt, response in pairs]
-        ones = torch.ones(len(sequences), dtype=torch.int64)
-        mask = torch.ones(len(sequences), _PROBE_TOKENS, dtype=torch.bool)
-        packed = pack(sequences, ones, mask).to(trainer.fabric.device)
-        actor = trainer.learner.actor.eval()
-        found, _ = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
-        ours = found.view(len(sequences), _PROBE_TOKENS).cpu()
-        scored = torch.stack(engine.score([prompt.token_ids for prompt in prompts])) - ours[::_PROBE_DRAWS, :-1]
-        sampled = torch.cat([response.log_probs for _, response in pairs]) - ours[:, -1]
-        mismatches = {"of the tokens it scored": float(scored.abs().mean()), "it sampled": float(sampled.abs().mean())}
-        return self._accepted(mismatches)
+        sampling, seeds = Sampling(max_new_tokens=_PROBE_NEW_TOKENS), [[0] for _ in prompts]
+        drawn = [response for (response,) in engine.generate(prompts, sampling, seeds)]
+        scored = engine.score([prompt.token_ids for prompt in prompts])
+        ours = _log_probs(trainer, [torch.cat([p.token_ids, one.token_ids]) for p, one in zip(prompts, drawn)])
+        of_prompts = torch.cat([row[: _PROBE_TOKENS - 1] for row in ours]) - torch.cat(scored)
+        of_drawn = torch.cat([row[_PROBE_TOKENS - 1 :] for row in ours]) - torch.cat([one.log_probs for one in drawn])
+        return self._accepted({"scored": float(of_prompts.abs().mean()), "sampled": float(of_drawn.abs().mean())})
 
     def _accepted(self, mismatches: dict[str, float]) -> float:
         """The larger one."""
@@ -151,7 +147,7 @@ class WeightSync(RFTCallback):
         for what, mismatch in mismatches.items():
             if not mismatch <= self.tolerance:
                 raise StaleWeightsError(
-                    f"After a weight sync the engine's log-probs {what} for the probe differ from the trainer's by "
+                    f"After a weight sync the engine's log-probs of {what} probe tokens differ from the trainer's by "
                     f"{mismatch:.4g} nats on average (tolerance {self.tolerance:.4g}); the weights are in place, so a "
                     "name, a cache or the engine's arithmetic is wrong."
                 )
@@ -168,6 +164,17 @@ def _exhaust(tensors: Iterator[Any]) -> None:
     """To the last, whatever this rank's engine takes of them: other ranks gather with it."""
     for _ in tensors:
         pass
+
+
+def _log_probs(trainer: Any, sequences: list[Tensor]) -> list[Tensor]:
+    """The trainer's, of all tokens but each sequence's first."""
+    ones = torch.ones(len(sequences), dtype=torch.int64)
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    packed = pack(sequences, ones, mask).to(trainer.fabric.device)
+    actor = trainer.learner.actor.eval()
+    found, _ = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+    return list(found.cpu().split(lengths))
 
 
 def _probe_prompts(vocabulary: int) -> list[Prompt]:

@@ -179,7 +179,7 @@ def test_a_scaling_that_is_off_stops_the_run(inputs: Path, tmp_path: Path) -> No
         def update_adapter(self, scaling: float, tensors: Named, version: int) -> None:
             super().update_adapter(scaling * 1.5, tensors, version)
 
-    with pytest.raises(StaleWeightsError, match="log-probs of the tokens it scored"):
+    with pytest.raises(StaleWeightsError, match="log-probs of scored probe tokens"):
         run(inputs, tmp_path, Scales(), WeightSync(lora="adapter"), model=lora(inputs))
 
 
