@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
     if isinstance(tensor, DTensor):
-        return tensor.detach().to(dtype).full_tensor()
+        return cast(DTensor, tensor.detach().to(dtype)).full_tensor()
     # What was gathered is given back at the end of the context.
     return tensor.detach().to(dtype, copy=hasattr(tensor, "ds_id"))
 
@@ -38,5 +39,6 @@ def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def local_parts(tensor: Tensor) -> list[Tensor]:
     """Plain tensors in which this rank's part lies; under ZeRO 3 also the whole one, while it is gathered."""
     if isinstance(tensor, DTensor):
-        return [tensor.detach().to_local()]
-    return [tensor.detach(), *([tensor.ds_tensor] if hasattr(tensor, "ds_id") else [])]
+        return [cast(DTensor, tensor.detach()).to_local()]
+    partition = getattr(tensor, "ds_tensor", None)
+    return [tensor.detach(), *([] if partition is None else [partition])]
