@@ -64,6 +64,7 @@ def measured(name: str, blocks: int | None, device: torch.device) -> dict[str, A
         times.append(time.perf_counter() - start)
     found = {
         "model": name,
+        "blocks": model.config.num_hidden_layers,
         "tensors": len(list(model.parameters())),
         "gigabytes": round(size / 1e9, 3),
         "milliseconds": round(1000 * median(times), 2),

@@ -126,18 +126,19 @@ class WeightSync(RFTCallback):
             if self.probe:
                 prints.add(name, tensor)
             yield name, tensor
-            del tensor
+            del tensor  # before the next one is made
 
     @torch.no_grad()
     def _compare_log_probs(self, trainer: Any, engine: Any) -> float:
         """Mean absolute difference of the probe tokens' log-probs, in nats: scored or sampled, whichever is larger."""
-        prompts = _probe_prompts(len(trainer.model.tokenizer))
+        prompts = _probe_prompts(trainer.model)
+        length = len(prompts[0].token_ids)
         sampling, seeds = Sampling(max_new_tokens=_PROBE_NEW_TOKENS), [[0] for _ in prompts]
         drawn = [response for (response,) in engine.generate(prompts, sampling, seeds)]
         scored = engine.score([prompt.token_ids for prompt in prompts])
         ours = _log_probs(trainer, [torch.cat([p.token_ids, one.token_ids]) for p, one in zip(prompts, drawn)])
-        of_prompts = torch.cat([row[: _PROBE_TOKENS - 1] for row in ours]) - torch.cat(scored)
-        of_drawn = torch.cat([row[_PROBE_TOKENS - 1 :] for row in ours]) - torch.cat([one.log_probs for one in drawn])
+        of_prompts = torch.cat([row[: length - 1] for row in ours]) - torch.cat(scored)
+        of_drawn = torch.cat([row[length - 1 :] for row in ours]) - torch.cat([one.log_probs for one in drawn])
         return self._accepted({"scored": float(of_prompts.abs().mean()), "sampled": float(of_drawn.abs().mean())})
 
     def _accepted(self, mismatches: dict[str, float]) -> float:
@@ -177,10 +178,11 @@ def _log_probs(trainer: Any, sequences: list[Tensor]) -> list[Tensor]:
     return list(found.cpu().split(lengths))
 
 
-def _probe_prompts(vocabulary: int) -> list[Prompt]:
+def _probe_prompts(model: Any) -> list[Prompt]:
     """The same pseudo-random tokens at every sync: a cache of them that outlived its weights is hit."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (_PROBE_PROMPTS, _PROBE_TOKENS), generator=generator)
+    shape = (_PROBE_PROMPTS, min(_PROBE_TOKENS, model.context_tokens - _PROBE_NEW_TOKENS))
+    ids = torch.randint(len(model.tokenizer), shape, generator=generator)
     return [Prompt(f"probe/{number}", token_ids, text="") for number, token_ids in enumerate(ids)]
 
 

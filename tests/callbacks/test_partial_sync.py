@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
 from lightrft.callbacks import EngineSleepWake, StaleWeightsError, WeightSync
 from lightrft.engines import TransformersEngine
-from lightrft.lightning_modules import ActorModule
+from lightrft.lightning_modules import ActorModule, pretrained
 from lightrft.lightning_modules.pretrained import LoRA
 from lightrft.module import RFTModule
 from lightrft.trainer import RFTTrainer
@@ -29,13 +29,13 @@ QUERIES, KEYS = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk"
 
 
 class Recording(TransformersEngine):
-    """Notes what each push brings, and the most whole tensors of one that lived beside the one in hand."""
+    """Notes what each push brings; ``alive`` are the tensors of it that still live."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.pushes: list[set[str]] = []
         self.adapters: list[dict[str, Tensor]] = []
-        self.held = 0
+        self._given: list[Any] = []
 
     def update_weights(self, tensors: Named, version: int) -> None:
         self.pushes.append(set())
@@ -45,12 +45,14 @@ class Recording(TransformersEngine):
         self.adapters.append({name: tensor.clone() for name, tensor in tensors})
         super().update_adapter(scaling, self.adapters[-1].items(), version)
 
+    @property
+    def alive(self) -> int:
+        return sum(one() is not None for one in self._given)
+
     def _noted(self, tensors: Named) -> Iterator[tuple[str, Tensor]]:
-        earlier: list[Any] = []
         for name, tensor in tensors:
             self.pushes[-1].add(name)
-            self.held = max(self.held, sum(one() is not None for one in earlier))
-            earlier.append(weakref.ref(tensor))
+            self._given.append(weakref.ref(tensor))
             yield name, tensor
             del tensor
 
@@ -196,17 +198,22 @@ def test_an_adapter_without_lora_is_refused(inputs: Path, tmp_path: Path) -> Non
 def _on_shards(inputs: Path, root: Path, strategy: str, kind: str) -> dict[str, Any]:
     engine = Recording("bfloat16")
     gathered: set[torch.dtype] = set()
-    full_tensor: Callable[[DTensor], Tensor] = DTensor.full_tensor
+    alive: list[int] = []
+    full_tensor, whole = DTensor.full_tensor, pretrained.whole
 
-    def noted(tensor: DTensor, **options: Any) -> Tensor:
+    def noted_dtype(tensor: DTensor, **options: Any) -> Tensor:
         gathered.add(tensor.dtype)
         return full_tensor(tensor, **options)
 
-    DTensor.full_tensor = noted  # type: ignore[method-assign, assignment]
+    def noted_alive(*arguments: Any) -> Tensor:
+        alive.append(engine.alive)
+        return whole(*arguments)
+
+    DTensor.full_tensor, pretrained.whole = noted_dtype, noted_alive  # type: ignore[method-assign, assignment]
     model = {"frozen": actor, "lora": lora, "adapter": lora}[kind](inputs)
     sync = WeightSync("adapter" if kind == "adapter" else "merged")
     trainer = run(inputs, root, engine, sync, model=model, strategy=strategy, devices=2)
-    found = {"gathered": gathered, "held": engine.held, "pushes": engine.pushes, "adapters": len(engine.adapters)}
+    found = {"gathered": gathered, "alive": set(alive), "pushes": engine.pushes, "adapters": len(engine.adapters)}
     return found | {"weights": {name: weight.tolist() for name, weight in tiny_run.weights(trainer).items()}}
 
 
@@ -221,6 +228,6 @@ def test_shards_travel_one_tensor_at_a_time_in_the_engines_dtype(
     assert one["pushes"] == two["pushes"] and one["weights"] == two["weights"]
     assert len(one["pushes"]) == (1 if kind == "adapter" else 3) and one["adapters"] == (3 if kind == "adapter" else 0)
     assert all(push < one["pushes"][0] for push in one["pushes"][1:])
-    assert one["held"] == 0
+    assert one["alive"] == two["alive"] == {0}  # whenever the next one is made
     if strategy == "fsdp2":
         assert torch.bfloat16 in one["gathered"]
