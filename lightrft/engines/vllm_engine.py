@@ -257,13 +257,9 @@ class VLLMEngine(CheckedEngine):
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        groups = {name: [name, *self._manifest.tied(name)] for name in names}
-        found = self._in_worker(vllm_weights.fingerprints, sorted({one for group in groups.values() for one in group}))
-        # Of tied weights the one that differs, if vLLM holds them apart.
-        return {
-            name: next((found[one] for one in group if found[one] != found[name]), found[name])
-            for name, group in groups.items()
-        }
+        for name in names:
+            self._manifest.find(name.removesuffix("_scale"))
+        return self._in_worker(vllm_weights.fingerprints, list(names))
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":
