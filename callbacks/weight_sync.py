@@ -126,8 +126,7 @@ class WeightSync(RFTCallback):
         for name, tensor in tensors:
             mark()
             if self.probe:
-                for held, part in engine.stored(name, tensor).items():
-                    prints.add(held, part)
+                _record(prints, engine.stored(name, tensor))
             yield name, tensor
             del tensor  # before the next one is made
 
@@ -162,6 +161,11 @@ class WeightSync(RFTCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.calibrated = state_dict["calibrated"]
+
+
+def _record(prints: Fingerprints, stored: dict[str, Tensor]) -> None:
+    for name, tensor in stored.items():
+        prints.add(name, tensor)
 
 
 def _exhaust(tensors: Iterator[Any]) -> None:
