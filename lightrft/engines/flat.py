@@ -54,18 +54,17 @@ def flatten(responses: Sequence[Response]) -> Flat:
 def unflatten(flat: Flat) -> list[Response]:
     """The responses that :func:`flatten` took, equal to the bit."""
     pairs = ((tokens, version) for tokens, version in flat["segments"].view(-1, 2).tolist())
+    segments = [list(islice(pairs, count)) for count in flat["segment_counts"].tolist()]
     return [
-        Response(
-            token_ids, log_probs, text, _FINISH_REASONS[reason], version, seed, segments=list(islice(pairs, count))
-        )
-        for token_ids, log_probs, text, reason, version, seed, count in zip(
+        Response(token_ids, log_probs, text, _FINISH_REASONS[reason], version, seed, segments=own)
+        for token_ids, log_probs, text, reason, version, seed, own in zip(
             _pieces(flat["token_ids"], flat["lengths"]),
             _pieces(flat["log_probs"], flat["lengths"]),
             _texts(flat["texts"], flat["text_lengths"]),
             flat["finish_reasons"].tolist(),
             flat["weight_versions"].tolist(),
             flat["seeds"].tolist(),
-            flat["segment_counts"].tolist(),
+            segments,
         )
     ]
 
