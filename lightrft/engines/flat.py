@@ -27,13 +27,15 @@ def flatten(responses: Sequence[Response]) -> Flat:
 
     Returns:
         ``token_ids`` int64 ``[T]``, ``log_probs`` float32 ``[T]`` nats, ``texts`` uint8; ``lengths`` (tokens),
-        ``text_lengths`` (bytes), ``weight_versions``, ``seeds`` int64 ``[N]``; ``finish_reasons`` uint8 ``[N]``.
+        ``text_lengths`` (bytes), ``weight_versions``, ``seeds`` int64 ``[N]``; ``finish_reasons`` uint8 ``[N]``;
+        ``segments`` int64, tokens and version of one after the other, ``segment_counts`` int64 ``[N]``.
 
     Raises:
         ValueError: a response that is scored or dropped already, which would be lost.
     """
     if any(response.reward is not None or response.reward_parts or response.dropped for response in responses):
         raise ValueError("A response to be flattened is scored already; flatten what an engine gives, before scoring.")
+    segments = [segment for response in responses for segment in response.segments]
     texts = [response.text.encode("utf-8", "surrogatepass") for response in responses]
     return {
         "token_ids": _joined([response.token_ids for response in responses], torch.int64),
@@ -44,20 +46,25 @@ def flatten(responses: Sequence[Response]) -> Flat:
         "weight_versions": _integers(response.weight_version for response in responses),
         "seeds": _integers(response.seed for response in responses),
         "finish_reasons": _integers(_FINISH_REASONS.index(response.finish_reason) for response in responses).byte(),
+        "segments": _integers(number for segment in segments for number in segment),
+        "segment_counts": _integers(len(response.segments) for response in responses),
     }
 
 
 def unflatten(flat: Flat) -> list[Response]:
     """The responses that :func:`flatten` took, equal to the bit."""
+    pairs = ((tokens, version) for tokens, version in flat["segments"].view(-1, 2).tolist())
+    segments = [list(islice(pairs, count)) for count in flat["segment_counts"].tolist()]
     return [
-        Response(token_ids, log_probs, text, _FINISH_REASONS[reason], version, seed)
-        for token_ids, log_probs, text, reason, version, seed in zip(
+        Response(token_ids, log_probs, text, _FINISH_REASONS[reason], version, seed, segments=own)
+        for token_ids, log_probs, text, reason, version, seed, own in zip(
             _pieces(flat["token_ids"], flat["lengths"]),
             _pieces(flat["log_probs"], flat["lengths"]),
             _texts(flat["texts"], flat["text_lengths"]),
             flat["finish_reasons"].tolist(),
             flat["weight_versions"].tolist(),
             flat["seeds"].tolist(),
+            segments,
         )
     ]
 

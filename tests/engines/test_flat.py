@@ -28,6 +28,7 @@ def responses(draw: Any) -> Response:
         finish_reason=draw(st.sampled_from(["stop", "length", "abort"])),
         weight_version=draw(st.integers(-1, 2**40)),
         seed=draw(SEEDS),
+        segments=draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 99)), max_size=3)),
     )
 
 
