@@ -1,7 +1,7 @@
 """A user may set fewer than 120 things: the configuration, every shipped callback in it, is read in one go.
 
 What means the same in two places is one thing to know: the keys of a source for training and for validation, those of a
-model for actor and critic. What other packages define, an optimizer's own arguments, is not ours to count.
+model for actor and critic, of Rollout and the two callbacks that may take its place. What other packages define, an optimizer's own arguments, is not ours to count.
 """
 
 from __future__ import annotations
@@ -57,7 +57,18 @@ def ours_once(settings: Any) -> Any:
     for first, second in (("train", "val"), ("actor", "critic")):
         if isinstance(kept.get(first), dict) and isinstance(kept.get(second), dict):
             kept[second] = _without(kept[second], kept[first])
+    if "callbacks" in kept:
+        kept["callbacks"] = _alternatives_once(kept["callbacks"])
     return {key: value for key, value in kept.items() if value != {}}
+
+
+def _alternatives_once(callbacks: list[Any]) -> list[Any]:
+    """A run has one rollout callback: of the others what is their own."""
+    by_name = {callback["class_path"].rpartition(".")[2]: callback for callback in callbacks}
+    others = [name for name in by_name if issubclass(getattr(lightrft.callbacks, name), lightrft.callbacks.Rollout)]
+    for name in set(others) - {"Rollout"}:
+        by_name[name] = _without(by_name[name], by_name["Rollout"])
+    return list(by_name.values())
 
 
 def _without(settings: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
