@@ -9,12 +9,16 @@ from lightrft.engines.base import Engine, EngineError
 from lightrft.engines.group import EngineGroup
 
 if TYPE_CHECKING:
+    from lightrft.engines.own_process import OwnProcess
     from lightrft.engines.transformers_engine import TransformersEngine
 
-__all__ = ["Engine", "EngineError", "EngineGroup", "TransformersEngine"]
+__all__ = ["Engine", "EngineError", "EngineGroup", "OwnProcess", "TransformersEngine"]
 
 # Imported on first use: an engine's libraries take seconds to import, and a run uses one engine.
-_ENGINES = {"TransformersEngine": "lightrft.engines.transformers_engine"}
+_ENGINES = {
+    "OwnProcess": "lightrft.engines.own_process",
+    "TransformersEngine": "lightrft.engines.transformers_engine",
+}
 
 
 def __getattr__(name: str) -> Any:

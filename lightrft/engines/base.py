@@ -34,8 +34,11 @@ class Engine:
     Attributes:
         tensor_parallel_size: ranks that hold the engine together.
         weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
+        in_own_process: whether it computes in another process, so that one thread may wait in :meth:`generate` while
+            others compute here.
     """
 
+    in_own_process: bool = False
     tensor_parallel_size: int = 1
     weight_version: int = -1
 
