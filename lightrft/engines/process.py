@@ -25,8 +25,8 @@ from lightrft.whereabouts import mark
 # The current folder is no place to look for modules first.
 _MAIN = "import sys; sys.path[:] = filter(None, sys.path); from lightrft.engines.worker import main; main()"
 # What a launcher tells a rank; the engine's process is none, and libraries would believe it.
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR")
-_OF_RANKS += ("MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")
+_OF_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"}
+_OF_RANKS |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _LAST_WORDS, _LAST_LINES = 8000, 20  # bytes and lines of stderr
 _SECONDS_TO_DIE = 2.0  # from the end of its connection
 _SECONDS_TO_LEAVE = 10.0  # once closed
