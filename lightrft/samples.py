@@ -99,7 +99,7 @@ class FIRE:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. The same meaning in every engine.
+    """How responses are drawn. In every engine temperature comes first, then min-p, top-k and top-p in this order.
 
     Args:
         max_new_tokens: longest response in tokens.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightrft.ops.fingerprint import Fingerprint
+from lightrft.ops.fingerprint import Fingerprint, fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 
 if TYPE_CHECKING:
@@ -92,6 +92,14 @@ class Engine:
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         """Fingerprints, computed inside the engine, of the weights it computes with; of whole tensors."""
         raise NotImplementedError
+
+    def expected(self, name: str, tensor: Tensor) -> Fingerprint:
+        """What :meth:`fingerprint` must give for ``name`` once ``tensor``, in the engine's dtype, was pushed."""
+        return fingerprint(tensor)
+
+    def kept_together(self, name: str) -> list[str]:
+        """The names that must be pushed if ``name`` is: itself, and what the engine holds as one with it."""
+        return [name]
 
     def sleep(self, level: int = 1) -> None:
         """Free device memory: 1 keeps the weights in host memory, 2 drops them (a push must follow waking)."""

@@ -122,16 +122,16 @@ def warpers(sampling: Sampling, prompt_tokens: int) -> list[LogitsProcessor]:
 
 
 def _regular(sampling: Sampling) -> list[LogitsProcessor]:
-    """Temperature, then top-k, top-p, min-p, each only where it is on."""
+    """Temperature, then min-p, top-k, top-p, each only where it is on: vLLM's order."""
     if sampling.temperature == 0:
         return [GreedyWarper()]
     chosen: list[LogitsProcessor] = []
     if sampling.temperature != 1:
         chosen.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.min_p > 0:
+        chosen.append(MinPLogitsWarper(sampling.min_p))
     if sampling.top_k > 0:
         chosen.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         chosen.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0:
-        chosen.append(MinPLogitsWarper(sampling.min_p))
     return chosen

@@ -21,3 +21,9 @@ def response_seed(run_seed: int, iteration: int, prompt_uid: str, sample_index: 
     key = f"{int(run_seed)}/{int(iteration)}/{int(sample_index)}/{prompt_uid}"
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def continuation_seed(seed: int, position: int) -> int:
+    """Seed of what goes on after the first ``position`` tokens of the response that began with ``seed``."""
+    digest = hashlib.blake2b(f"{int(seed)}+{int(position)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -40,8 +40,32 @@ class Detokenizer:
         return token if token in self._special else None
 
 
+class Tail:
+    """The end of one response's text, in which a stop string is looked for, be it inside one token or across many.
+
+    Args:
+        stops: the strings.
+        detokenizer: what decodes.
+    """
+
+    def __init__(self, stops: Sequence[str], detokenizer: Detokenizer) -> None:
+        self._stops = stops
+        self._detokenizer = detokenizer
+        # A visible token is a byte or more. The few before them keep what decoders strip at a start out of the match.
+        window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
+        self._tokens: deque[int] = deque(maxlen=window)
+
+    def completed_by(self, token: int) -> bool:
+        """Take the response's next token; whether it completes a stop string."""
+        if not self._detokenizer.visible(token):
+            return False
+        self._tokens.append(token)
+        text = self._detokenizer.decode(self._tokens)
+        return any(stop in text for stop in self._stops)
+
+
 class StopStrings(StoppingCriteria):
-    """Ends a row at the token that completes a stop string, be the string inside one token or across many.
+    """Ends a row at the token that completes a stop string.
 
     Args:
         stops: the strings.
@@ -55,26 +79,19 @@ class StopStrings(StoppingCriteria):
 
     def __init__(self, stops: Sequence[str], stop_ids: frozenset[int], rows: int, detokenizer: Detokenizer) -> None:
         self.ends: dict[int, int] = {}
-        self._stops = stops
         self._stop_ids = stop_ids
-        self._detokenizer = detokenizer
-        self._tokens = 0
-        # A visible token is a byte or more. The few before them keep what decoders strip at a start out of the match.
-        window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
-        self._tails: dict[int, deque[int]] = {row: deque(maxlen=window) for row in range(rows)}
+        self._length = 0
+        self._tails = {row: Tail(stops, detokenizer) for row in range(rows)}
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        self._tokens += 1
+        self._length += 1
         newest = input_ids[:, -1].tolist()
         for row, tail in list(self._tails.items()):
             if newest[row] in self._stop_ids:
                 del self._tails[row]
-            elif self._detokenizer.visible(newest[row]):
-                tail.append(newest[row])
-                text = self._detokenizer.decode(tail)
-                if any(stop in text for stop in self._stops):
-                    self.ends[row] = self._tokens
-                    del self._tails[row]
+            elif tail.completed_by(newest[row]):
+                self.ends[row] = self._length
+                del self._tails[row]
         done = torch.zeros(len(newest), dtype=torch.bool)
         done[list(self.ends)] = True
         return done.to(input_ids.device)

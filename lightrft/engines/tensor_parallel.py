@@ -8,8 +8,6 @@ styles took a third longer a token (24 layers on two gloo ranks).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -84,23 +82,6 @@ _STYLES = {
     "embedding_rowwise": _Style(0, None, _Vocabulary),
 }
 _WHOLE = "replicated_with_grad_allreduce"  # on every rank
-
-
-@contextmanager
-def without_parameters() -> Iterator[None]:
-    """Modules built in it have parameters without storage, but real buffers; building a large one takes no memory."""
-    register = nn.Module.register_parameter
-
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # those that are may be tied
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = empty  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def place(model: PreTrainedModel, group: EngineGroup, device: torch.device) -> dict[Tensor, Shard]:

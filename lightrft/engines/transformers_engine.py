@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -10,11 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
     GenerationConfig,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteriaList,
 )
 
@@ -22,8 +18,9 @@ from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.draw import SeededDraw, uniforms, warpers
 from lightrft.engines.prefill import cache_argument, can_share_prefill, shared_prefill
+from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import StopStrings, before_stop, response_length
-from lightrft.engines.tensor_parallel import place, without_parameters
+from lightrft.engines.tensor_parallel import place
 from lightrft.engines.weights import Weights
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
@@ -36,8 +33,8 @@ _SCORED_LOGITS = 1 << 28
 class TransformersEngine(CheckedEngine):
     """Samples with ``model.generate`` of ``transformers``: no extra to install, every architecture it knows.
 
-    Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, top-k,
-    top-p and min-p, in this order; a hot first token: FIRE's top-k and temperature), so a greedy token's is 0. The
+    Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, min-p,
+    top-k and top-p, in this order; a hot first token: FIRE's top-k and temperature), so a greedy token's is 0. The
     vocabulary is the trainer's: ids that pad it beyond the tokenizer stay in the distribution, and decode to nothing.
 
     Args:
@@ -75,7 +72,7 @@ class TransformersEngine(CheckedEngine):
         return self._wanted_dtype if self._model is None else self._model.dtype
 
     def _start(self, config: Any, tokenizer: Any) -> None:
-        model = _build(copy.deepcopy(config), self._wanted_dtype, self._device)
+        model = build(config, self._wanted_dtype, self._device)
         self._weights = Weights(model, place(model, self._group, self._device), self._group)
         self._model = model
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stop_ids, default=0)
@@ -228,32 +225,6 @@ class TransformersEngine(CheckedEngine):
         # The engine's dtype is its own, whatever precision plugin is around.
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
-
-
-def _build(config: Any, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """The model with buffers on ``device`` and parameters nowhere, the generators of this process left as they were."""
-    auto = AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        auto = AutoModelForMultimodalLM
-    dtype = dtype or config.dtype or torch.get_default_dtype()
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.device(device), without_parameters():
-        try:
-            # Built in its dtype rather than cast: buffers such as rotary frequencies keep float32, as when loaded.
-            model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        except ValueError:
-            model = _build_eager(auto, config, dtype)
-    return model.eval().requires_grad_(False)
-
-
-def _build_eager(auto: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """For the few architectures without scaled dot product attention."""
-    try:
-        return auto.from_config(config, dtype=dtype, attn_implementation="eager")
-    except ValueError as error:
-        raise EngineError(
-            f"transformers has no model that generates text for {type(config).__name__}: {error}"
-        ) from error
 
 
 def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:

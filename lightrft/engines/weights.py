@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightrft.engines.base import EngineError
 from lightrft.engines.group import EngineGroup
+from lightrft.engines.manifest import Manifest
 from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
 from lightrft.ops.shard import Shard
 
@@ -24,9 +24,8 @@ class Weights:
 
     def __init__(self, model: nn.Module, shards: Mapping[Tensor, Shard], group: EngineGroup) -> None:
         self._shards, self._group = shards, group
-        state = model.state_dict(keep_vars=True)
-        self._named: dict[str, Tensor] = {name: item for name, item in state.items() if isinstance(item, Tensor)}
-        self._placed = {id(weight): (weight, weight.shape, weight.device) for weight in self._named.values()}
+        self._manifest = Manifest(model, shards)
+        self._placed = {id(weight): (weight, weight.shape, weight.device) for weight in self._manifest.named.values()}
 
     def push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
         """Copy ``tensors`` in, cast to each weight's dtype; of a split weight this rank's part.
@@ -36,27 +35,13 @@ class Weights:
             complete: whether every weight must be among them.
 
         Raises:
-            EngineError: an unknown name, a wrong shape, or a weight that is missing; names it.
+            EngineError: as :meth:`~lightrft.engines.manifest.Manifest.checked`.
         """
-        pushed: set[int] = set()
-        for name, tensor in tensors:
-            weight = self._find(name)
+        for name, tensor in self._manifest.checked(tensors, complete):
+            weight = self._manifest.find(name)
             shard = self._shards.get(weight)
-            shape = shard.whole if shard else tuple(weight.shape)
-            if shape != tensor.shape:
-                raise EngineError(
-                    f"Weight {name!r} was pushed with shape {tuple(tensor.shape)}, but the engine's is "
-                    f"{shape}; start the engine from the actor's own config."
-                )
             with torch.no_grad():
                 weight.copy_(shard.of(tensor) if shard else tensor)
-            pushed.add(id(weight))
-        missing = [name for name, weight in self._named.items() if id(weight) not in pushed] if complete else []
-        if missing:
-            raise EngineError(
-                f"{len(missing)} weights were not pushed, {missing[0]!r} the first; the first push, and the one after "
-                "weights became unusable, must bring every weight, frozen ones too."
-            )
 
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         """Fingerprints by name; of a split weight the whole's, to which every rank of the group gives its part.
@@ -64,7 +49,7 @@ class Weights:
         Raises:
             EngineError: an unknown name.
         """
-        found = {name: self._find(name) for name in names}
+        found = {name: self._manifest.find(name) for name in names}
         prints = {name: fingerprint(weight, self._shards.get(weight)) for name, weight in found.items()}
         split = {name for name, weight in found.items() if weight in self._shards}
         everyones = self._group.everyone({name: prints[name] for name in split})
@@ -90,8 +75,3 @@ class Weights:
         # Through .data: the parameter objects stay the same, so that tied weights stay tied.
         for weight, _, _ in self._placed.values():
             weight.data = moved(weight)
-
-    def _find(self, name: str) -> Tensor:
-        if name not in self._named:
-            raise EngineError(f"The engine has no weight named {name!r}; push names as in the actor's own model.")
-        return self._named[name]

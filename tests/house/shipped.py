@@ -22,6 +22,7 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 FLOORS = {
     "lightrft": 0,
+    "lightrft.random_state": 0,
     "lightrft.samples": 0,
     "lightrft.whereabouts": 0,
     "lightrft.algorithms": 1,
@@ -36,7 +37,6 @@ FLOORS = {
     "lightrft.interrupts": 3,
     "lightrft.learner": 3,
     "lightrft.module": 3,
-    "lightrft.random_state": 3,
     "lightrft.refill": 3,
     "lightrft.scoring": 3,
     "lightrft.trained": 3,

@@ -1,0 +1,339 @@
+"""vLLM in the trainer's process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightrft.engines import vllm_requests as requests
+from lightrft.engines import vllm_weights
+from lightrft.engines.base import EngineError, WakePart
+from lightrft.engines.checked import CheckedEngine
+from lightrft.engines.hot_start import with_hot_start
+from lightrft.engines.manifest import Manifest
+from lightrft.engines.skeleton import build
+from lightrft.engines.stopping import Tail, before_stop
+from lightrft.ops.fingerprint import Fingerprint
+from lightrft.random_state import random_state, set_random_state
+from lightrft.samples import Prompt, Response, Sampling
+from lightrft.whereabouts import mark
+
+# One process holds the scheduler and the model: weights are a copy on the device, and no tensor is pickled.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+_TAGS: dict[WakePart, str] = {"weights": "weights", "cache": "kv_cache"}
+
+
+class VLLMEngine(CheckedEngine):
+    """vLLM (arXiv 2309.06180) in this process, with weights of its own on the trainer's device.
+
+    Log-probs are of the distribution a token was drawn from. A process can hold one at a time, as vLLM's allocator is
+    one a process. Needs the extra ``vllm``.
+
+    Args:
+        dtype: what the weights are computed in; ``None`` takes the config's, which is the trainer's.
+        quantization: ``fp8`` keeps the weights of linear layers as 8-bit floats, with a scale for each row that every
+            push measures anew; the head and embeddings stay in ``dtype``. Needs a GPU, and ``dtype`` of 16 bits.
+        kv_cache_dtype: ``auto`` is ``dtype``; ``fp8`` holds twice as many tokens.
+        gpu_memory_utilization: share of the device's memory that weights, activations and cache may take while awake.
+        max_model_len: longest prompt and response together; ``None`` is the model's context.
+        enforce_eager: no CUDA graphs: a quicker start, slower tokens.
+        options: further arguments of vLLM's ``LLM``, by name.
+
+    Raises:
+        ValueError: a value outside its range, or an option that the engine sets itself.
+    """
+
+    reads_media = True
+
+    def __init__(
+        self,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        quantization: Literal["fp8"] | None = None,
+        kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        gpu_memory_utilization: float = 0.85,
+        max_model_len: int | None = None,
+        enforce_eager: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16, float16 or null.")
+        if quantization not in (None, "fp8"):
+            raise ValueError(f"quantization is {quantization!r}; it must be fp8 or null.")
+        if kv_cache_dtype not in ("auto", "fp8"):
+            raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be auto or fp8.")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be in (0, 1].")
+        self._wanted_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self._quantization = quantization
+        self._settings: dict[str, Any] = {
+            "kv_cache_dtype": kv_cache_dtype,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_model_len": max_model_len,
+            "enforce_eager": enforce_eager,
+        }
+        self._options = dict(options or {})
+        self._llm: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As asked for in the constructor; once started, what the model is really in."""
+        return self._wanted_dtype if self._llm is None else self._llm.model_config.dtype
+
+    def _start(self, config: Any, tokenizer: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lightrft-vllm-")
+        model = build(config, self._wanted_dtype, torch.device("meta"))
+        self._manifest = Manifest(model)
+        self._embedded = int(model.get_input_embeddings().num_embeddings)
+        _write_folder(Path(self._folder.name), model, tokenizer)
+        arguments = self._arguments(model)
+        with _undisturbed():
+            try:
+                self._llm = _llm_class()(**arguments)
+            except Exception as error:
+                self._folder.cleanup()
+                raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
+        self._context = self._llm.model_config.max_model_len
+        self._together = self._in_worker(vllm_weights.kept_together, list(self._manifest.named))
+        self._quantised = self._in_worker(vllm_weights.is_quantised, list(self._manifest.named))
+
+    def _arguments(self, model: Any) -> dict[str, Any]:
+        own = {
+            "model": self._folder.name,
+            "load_format": "dummy",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": "fp8_per_channel" if self._quantization else None,
+            "enable_sleep_mode": self._device.type != "cpu",
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",  # what the folder recommends would change the distribution behind our back
+            "skip_tokenizer_init": model.config.get_text_config() is model.config,
+            "disable_log_stats": True,
+            "seed": 0,
+            **self._settings,
+        }
+        taken = sorted(own.keys() & self._options.keys())
+        if taken:
+            raise ValueError(f"options may not set {', '.join(taken)}: VLLMEngine does.")
+        return {**own, **self._options}
+
+    @property
+    def _vocabulary(self) -> int:
+        return self._embedded
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Response]]:
+        stops, stop_ids = self._split_stops(sampling)
+
+        def generate(prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Any:
+            return self._draw(prompts, sampling, seeds, stops, stop_ids)
+
+        return with_hot_start(generate, prompts, sampling, seeds, stops, self._detokenizer)
+
+    def _draw(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        stops: Sequence[str],
+        stop_ids: frozenset[int],
+    ) -> list[list[Response]]:
+        asked, params = [], []
+        for prompt, own in zip(prompts, seeds):
+            asked += [requests.request(prompt)] * len(own)
+            params += [requests.sampling_params(sampling, seed, stop_ids, bool(stops)) for seed in own]
+        outputs = iter(self._run(asked, params, stops))
+        return [
+            [self._response(prompt, next(outputs), sampling, seed, stops) for seed in own]
+            for prompt, own in zip(prompts, seeds)
+        ]
+
+    def _response(
+        self, prompt: Prompt, output: _Output, sampling: Sampling, seed: int, stops: Sequence[str]
+    ) -> Response:
+        # vLLM gives a greedy token the log-prob it had before the others were ruled out.
+        log_probs = torch.tensor([0.0] * len(output.tokens) if sampling.temperature == 0 else output.log_probs)
+        if not bool(log_probs.isfinite().all()):
+            raise EngineError(
+                f"The model's logits for prompt {prompt.uid!r} are not finite under weights of version "
+                f"{self.weight_version}; training has diverged, or {self.dtype} is too narrow."
+            )
+        return Response(
+            token_ids=torch.tensor(output.tokens, dtype=torch.int64),
+            log_probs=log_probs,
+            text=before_stop(self._detokenizer.decode(output.tokens), stops),
+            finish_reason=output.finish_reason,
+            weight_version=self.weight_version,
+            seed=seed,
+        )
+
+    def _score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        scored = [index for index, sequence in enumerate(sequences) if len(sequence) > 1]
+        for index in scored:
+            self._check_ids(sequences[index], f"sequence {index}", 1)  # vLLM scores while it draws one more
+        asked = [{"prompt_token_ids": sequences[index].tolist()} for index in scored]
+        outputs = self._run(asked, [requests.scoring_params()] * len(asked), ())
+        found = {index: output.prompt_log_probs for index, output in zip(scored, outputs)}
+        return [found.get(index, torch.zeros(0)) for index in range(len(sequences))]
+
+    def _run(self, asked: Sequence[Any], params: Sequence[Any], stops: Sequence[str]) -> list[_Output]:
+        """Let vLLM work until every request has ended; answers in their order."""
+        if not asked:
+            return []
+        engine = self._llm.llm_engine
+        with _undisturbed():
+            names = self._llm.enqueue(list(asked), list(params), use_tqdm=False)
+            outputs = {_external(name): _Output(stops, self._detokenizer) for name in names}
+            try:
+                while engine.has_unfinished_requests():
+                    mark()
+                    for step in engine.step():
+                        if outputs[step.request_id].take(step):
+                            engine.abort_request([step.request_id])
+            except BaseException:
+                engine.abort_request(list(outputs))
+                raise
+        return list(outputs.values())
+
+    def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
+        self._in_worker(vllm_weights.load, self._whole_layers(self._manifest.checked(tensors, complete)))
+        self._forget()
+
+    def _whole_layers(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Under every name that a weight has, and refusing a part of what a layer holds as one.
+
+        vLLM would keep the old head of tied weights on the CPU, and fill the rest of the layer with anything.
+        """
+        seen: set[str] = set()
+        for name, tensor in tensors:
+            mark()
+            seen.add(name)
+            for one in self._manifest.tied(name):
+                yield one, tensor
+        for name in seen:
+            lacking = [other for other in self._together.get(name, []) if other not in seen]
+            if lacking:
+                raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
+
+    def kept_together(self, name: str) -> list[str]:
+        return self._together.get(name, [name])
+
+    def _forget(self) -> None:
+        """Drop what old weights computed: of prompts, of images and audio."""
+        engine = self._llm.llm_engine
+        if not engine.reset_prefix_cache():
+            raise EngineError("vLLM did not drop its prefix cache, which holds states of old weights.")
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
+
+    def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
+        groups = {name: [name, *self._manifest.tied(name)] for name in names}
+        found = self._in_worker(vllm_weights.fingerprints, sorted({one for group in groups.values() for one in group}))
+        # Of tied weights the one that differs, if vLLM holds them apart.
+        return {
+            name: next((found[one] for one in group if found[one] != found[name]), found[name])
+            for name, group in groups.items()
+        }
+
+    def expected(self, name: str, tensor: Tensor) -> Fingerprint:
+        if name in self._quantised:
+            return vllm_weights.quantised_fingerprint(tensor)
+        return super().expected(name, tensor)
+
+    def _sleep(self, level: int) -> None:
+        if self._device.type == "cpu":
+            self._forget()
+            return
+        gc.collect()
+        torch.cuda.empty_cache()
+        self._llm.sleep(level=level)
+
+    def _wake(self, part: WakePart) -> None:
+        if self._device.type != "cpu":
+            self._llm.wake_up(tags=[_TAGS[part]])
+
+    def _close(self) -> None:
+        llm, self._llm = self._llm, None
+        self._folder.cleanup()
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if self._device.type != "cpu":
+            torch.cuda.empty_cache()
+
+    def _in_worker(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return self._llm.collective_rpc(work, args=arguments)[0]
+
+
+class _Output:
+    """One request's answer as it grows."""
+
+    def __init__(self, stops: Sequence[str], detokenizer: Any) -> None:
+        self.tokens: list[int] = []
+        self.log_probs: list[float] = []
+        self.finish_reason: Any = "abort"
+        self.prompt_log_probs = torch.zeros(0)
+        self._tail = Tail(stops, detokenizer) if stops else None
+
+    def take(self, step: Any) -> bool:
+        """Add what vLLM gives; whether a stop string has ended the response."""
+        (output,) = step.outputs
+        if step.prompt_logprobs is not None:
+            self.prompt_log_probs = requests.prompt_log_probs(step.prompt_logprobs)
+        if self.finish_reason == "stop":  # of before it was aborted
+            return False
+        log_probs = requests.flat(output.logprobs) if output.logprobs is not None else []
+        for at, token in enumerate(output.token_ids):
+            if self._tail is not None and self._tail.completed_by(token):
+                self.tokens += output.token_ids[: at + 1]
+                self.log_probs += log_probs[: at + 1]
+                self.finish_reason = "stop"
+                return True
+        self.tokens += output.token_ids
+        self.log_probs += log_probs
+        if output.finish_reason is not None:
+            self.finish_reason = output.finish_reason
+        return False
+
+
+def _external(name: str) -> str:
+    """The id that answers carry; the one that a request is given has random characters behind it."""
+    return name.rpartition("-")[0] or name
+
+
+def _llm_class() -> Any:
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise EngineError(f"VLLMEngine needs vLLM ({error}); pip install 'lightning-rft[vllm]'.") from error
+    return LLM
+
+
+def _write_folder(folder: Path, model: Any, tokenizer: Any) -> None:
+    """What vLLM reads of a model: its config, and the tokenizer or processor."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """vLLM seeds the process, sets variables, and makes ``torch.set_num_threads`` do nothing; all is put back."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    random, set_num_threads = random_state(), torch.set_num_threads
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        set_random_state(random)
+        torch.set_num_threads = set_num_threads  # type: ignore[assignment]
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,144 @@
+"""The weights inside a vLLM worker: taken in, found by their ``transformers`` names, read as they compute.
+
+Every function takes the worker first: vLLM runs it where the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightrft.engines.base import EngineError
+from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+
+
+def load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Take whole tensors, one after the other, into the running model.
+
+    A model that computes with weights as they are takes them in place. One that packs them for the CPU or quantises
+    them makes each layer anew from all of its weights.
+    """
+    model = worker.model_runner.model
+    if not _remade(worker):
+        model.load_weights(tensors)
+        return
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    try:
+        model.load_weights(tensors)
+    finally:  # also when the tensors break off: the model must be able to take the next ones
+        finalize_layerwise_reload(model, worker.model_runner.model_config)
+
+
+def kept_together(worker: Any, names: Sequence[str]) -> dict[str, list[str]]:
+    """By name, the names of the weights that one layer holds as one, where it must get them all at once."""
+    model = worker.model_runner.model
+    if not _remade(worker):
+        return {}
+    known = set(names)
+    groups = {}
+    for name in names:
+        for parts in getattr(model, "packed_modules_mapping", {}).values():
+            for part in parts:
+                if f".{part}." in name:
+                    siblings = [name.replace(f".{part}.", f".{other}.") for other in parts]
+                    groups[name] = [sibling for sibling in siblings if sibling in known]
+    return groups
+
+
+def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
+    """Fingerprints of what the model computes with.
+
+    Raises:
+        EngineError: a name that the model has no weight for.
+    """
+    model = worker.model_runner.model
+    return {name: _fingerprint(*_held(model, name)) for name in names}
+
+
+def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """What vLLM makes of a weight ``[N, K]`` under ``fp8_per_channel``: float8 ``[N, K]`` and float32 scales ``[N]``."""
+    from vllm import _custom_ops as ops
+
+    weight, scale = ops.scaled_fp8_quant(tensor.contiguous(), scale=None, use_per_token_if_dynamic=True)
+    return weight, scale.flatten()
+
+
+def quantised_fingerprint(tensor: Tensor) -> Fingerprint:
+    """What :func:`fingerprints` must find of ``tensor`` after a push."""
+    return _fingerprint(*quantised(tensor))
+
+
+def is_quantised(worker: Any, names: Sequence[str]) -> set[str]:
+    """The names among ``names`` whose weight the model holds in float8."""
+    model = worker.model_runner.model
+    return {name for name in names if _held(model, name)[1] is not None}
+
+
+def _remade(worker: Any) -> bool:
+    config = worker.model_runner.model_config
+    return config.quantization is not None or worker.device.type == "cpu"
+
+
+def _fingerprint(weight: Tensor, scale: Tensor | None) -> Fingerprint:
+    return fingerprint(weight) if scale is None else joined([fingerprint(weight), fingerprint(scale)])
+
+
+def _held(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """A weight as the model computes with it, and the scales of its rows where it is in float8."""
+    path, part = _locate(model, name)
+    module = model.get_submodule(path)
+    leaf = name.rpartition(".")[2]
+    rows = _rows(module, part)
+    scale = getattr(module, "weight_scale", None) if leaf == "weight" else None
+    if scale is not None:
+        return module.weight.t()[rows].contiguous(), scale.flatten()[rows].contiguous()
+    if leaf == "weight" and hasattr(module, "cpu_linear"):
+        return _read_packed(module)[rows], None
+    tensor = getattr(module, leaf, None)
+    if not isinstance(tensor, Tensor):
+        raise EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
+    return tensor.detach()[rows], None
+
+
+def _locate(model: nn.Module, name: str) -> tuple[str, int | None]:
+    """Path of the module that holds a weight, and which of its parts the weight is where it holds several."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapped = mapper.apply_list([name]) if mapper is not None else [name]
+    path = mapped[0].rpartition(".")[0] if mapped else ""
+    own = name.split(".")[-2]
+    for packed, parts in getattr(model, "packed_modules_mapping", {}).items():
+        joint = ".".join([*path.split(".")[:-1], packed])  # where some versions' mapper leads by itself
+        if own in parts and own != packed and _has(model, joint):
+            return joint, parts.index(own)
+    if not _has(model, path):
+        raise EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
+    return path, None
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return bool(path)
+
+
+def _rows(module: nn.Module, part: int | None) -> slice:
+    if part is not None:
+        sizes = module.output_partition_sizes
+        return slice(sum(sizes[:part]), sum(sizes[: part + 1]))
+    # Embeddings are padded to a multiple of 64 rows.
+    return slice(0, getattr(module, "org_vocab_size", None))
+
+
+def _read_packed(module: nn.Module) -> Tensor:
+    """The matrix ``[N, K]`` that ``cpu_linear`` multiplies by, which may be a packed copy: its products with units."""
+    width = getattr(module, "input_size_per_partition", None) or module.weight.shape[1]
+    with torch.no_grad():
+        units = torch.eye(width, dtype=module.weight.dtype).split(256)
+        return torch.cat([module.cpu_linear(part, module.weight, None) for part in units]).t().contiguous()
