@@ -76,8 +76,13 @@ class OwnProcess(Engine):
     def dtype(self) -> torch.dtype | None:
         return self.engine.dtype if self._process is None else self._dtype
 
+    @property
+    def running(self) -> bool:
+        """Whether it is started and, as far as its calls have shown, alive."""
+        return self._process is not None and self._process.epitaph is None
+
     def start(self, config: Any, tokenizer: Any, device: torch.device, group: EngineGroup | None = None) -> None:
-        if self._process is not None and self._process.epitaph is None:
+        if self.running:
             raise EngineError("OwnProcess is started; close it before it starts anew.")
         if group is not None and group.size > 1:
             raise EngineError(f"OwnProcess was started on a group of {group.size} ranks, but serves one rank.")
@@ -120,6 +125,18 @@ class OwnProcess(Engine):
 
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         return self._call("fingerprint", list(names))
+
+    def expected(self, name: str, tensor: Tensor) -> Fingerprint:
+        if type(self.engine).expected is Engine.expected:
+            return super().expected(name, tensor)
+        result: Fingerprint = self._call("expected", name, tensor)
+        return result
+
+    def kept_together(self, name: str) -> list[str]:
+        if type(self.engine).kept_together is Engine.kept_together:
+            return super().kept_together(name)
+        result: list[str] = self._call("kept_together", name)
+        return result
 
     def sleep(self, level: int = 1) -> None:
         self._call("sleep", level)

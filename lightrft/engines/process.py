@@ -56,6 +56,7 @@ class EngineProcess:
         self.shared = os.memfd_create("lightrft-weights")
         self._lock = threading.Lock()
         self._heard = time.monotonic()
+        self._talking: int | None = None  # the thread that holds the lock
         self._closing = False
         ours, theirs = socket.socketpair()
         self._line = Line(ours)
@@ -89,13 +90,12 @@ class EngineProcess:
         Raises:
             EngineError: the process died, made no progress, or had ended before; says why.
         """
+        if self._talking == threading.get_ident():
+            raise EngineError(f"{method}() was called within this thread's push; call it before or after.")
         with self._lock:
-            if self.epitaph is None and self._exit_code() is not None:
-                self._bury(f"{self._death()} between calls")
-            if self.epitaph is not None:
-                raise EngineError(self.epitaph)
-            self._heard = time.monotonic()
+            self._talking = threading.get_ident()
             try:
+                self._begin()
                 yield
             except _GoneError:
                 self._bury(f"{self._death()} during {method}()")
@@ -107,8 +107,11 @@ class EngineProcess:
                 )
                 raise EngineError(self.epitaph) from None
             except BaseException as error:
-                self._bury(f"was killed when {type(error).__name__} broke {method}() off")
+                if self.epitaph is None:
+                    self._bury(f"was killed when {type(error).__name__} broke {method}() off")
                 raise
+            finally:
+                self._talking = None
 
     def ask(self, method: str, *arguments: Any) -> Answer:
         """Inside a :meth:`conversation`: have a method of the engine run."""
@@ -157,6 +160,13 @@ class EngineProcess:
         return answer
 
     # --- life and death ----------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self.epitaph is None and self._exit_code() is not None:
+            self._bury(f"{self._death()} between calls")
+        if self.epitaph is not None:
+            raise EngineError(self.epitaph)
+        self._heard = time.monotonic()
 
     def _check(self) -> None:
         if self._exit_code() is not None:

@@ -38,19 +38,34 @@ class TestOwnProcess(EngineContract):
         assert engine.fingerprint(list(pushed)) == {name: fingerprint(tensor) for name, tensor in pushed.items()}
 
 
-@pytest.fixture
-def run() -> Iterator[Callable[..., OwnProcess]]:
-    """Starts an engine in a process of its own."""
+@pytest.fixture(scope="module")
+def living() -> Iterator[list[OwnProcess]]:
+    """A started engine that a test has left alive, for the next."""
     engines: list[OwnProcess] = []
-
-    def start(needs: str = "os", **options: Any) -> OwnProcess:
-        engines.append(OwnProcess(ScriptedEngine(needs), **options))
-        engines[-1].start(world().config, world().tokenizer, CPU)
-        return engines[-1]
-
-    yield start
+    yield engines
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def run(living: list[OwnProcess]) -> Iterator[Callable[..., OwnProcess]]:
+    """Starts an engine in a process of its own; without arguments one that lives will do."""
+    used: list[OwnProcess] = []
+
+    def start(needs: str = "os", **options: Any) -> OwnProcess:
+        plain = needs == "os" and not options
+        used.append(living.pop() if plain and living else OwnProcess(ScriptedEngine(needs), **options))
+        if not used[-1].running:
+            used[-1].start(world().config, world().tokenizer, CPU)
+        return used[-1]
+
+    yield start
+    for engine in used:
+        engine.timeout_seconds = 600.0
+        if engine.running and engine.site == [] and not living:
+            living.append(engine)
+        else:
+            engine.close()
 
 
 def ask(engine: OwnProcess, expression: str) -> Any:
@@ -94,7 +109,7 @@ def test_it_is_another_process_with_this_ones_environment_but_no_rank(run, monke
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "1")
-    engine = run()
+    engine = run(site=[])
     assert engine.in_own_process and not TransformersEngine.in_own_process
     assert ask(engine, "os.getpid()") != os.getpid()
     assert ask(engine, "os.getsid(0)") != os.getsid(0)
@@ -239,13 +254,12 @@ def test_one_that_does_not_even_read_is_found_too(run):
 
 
 def test_closing_clears_up(run):
-    before, segments = folders(), set(os.listdir("/dev/shm"))
+    segments = set(os.listdir("/dev/shm"))
     engine = run()
     engine.update_weights([("w", torch.ones(1000))], 1)
-    pid, helper, _ = traces(engine)
+    pid, helper, folder = traces(engine)
     engine.close()
-    assert ends(pid) and ends(helper)
-    assert folders() <= before
+    assert ends(pid) and ends(helper) and not folder.exists()
     assert not [name for name in set(os.listdir("/dev/shm")) - segments if "lightrft" in name]
 
 
@@ -278,6 +292,18 @@ def test_it_ends_with_the_trainer_however_that_ends(state):
             assert trainer.stdout.readline() == b"generating\n"
         trainer.kill()
     assert ends(int(pid)) and ends(int(helper)) and not Path(folder).exists()
+
+
+def test_to_ask_the_engine_while_it_takes_weights_is_refused_rather_than_waited_for(run):
+    engine = run()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        engine.fingerprint(["os.getpid()"])
+        yield "never", torch.ones(1)
+
+    with pytest.raises(EngineError, match=r"fingerprint\(\) was called within this thread's push"):
+        engine.update_weights(tensors(), 1)
+    assert ask(engine, "1 + 1") == 2
 
 
 # Threads
