@@ -46,7 +46,7 @@ class OwnProcess(Engine):
         bucket_bytes: of each of the two buckets through which weights go; they exist during a push.
 
     Raises:
-        ValueError: an engine that has a process of its own, or a time of 0 or less.
+        ValueError: an engine that has a process of its own or lies over several ranks, or a time of 0 or less.
     """
 
     in_own_process = True
@@ -61,13 +61,17 @@ class OwnProcess(Engine):
     ) -> None:
         if engine.in_own_process:
             raise ValueError(f"OwnProcess's engine is {type(engine).__name__}, which has a process of its own already.")
+        if engine.tensor_parallel_size != 1:
+            raise ValueError(
+                f"{type(engine).__name__}'s tensor_parallel_size is {engine.tensor_parallel_size}, but OwnProcess "
+                "serves one rank; set it to 1."
+            )
         if not timeout_seconds > 0:
             raise ValueError(f"OwnProcess's timeout_seconds is {timeout_seconds}; it must be above 0.")
         self.engine = engine
         self.python = python
         self.site = [site] if isinstance(site, str) else list(site or [])
         self.timeout_seconds = timeout_seconds
-        self.tensor_parallel_size = engine.tensor_parallel_size
         self._process: EngineProcess | None = None
         self._closed = False
         self._dtype: torch.dtype | None = None
@@ -114,14 +118,10 @@ class OwnProcess(Engine):
         return self._call("score", list(sequences))
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        size = _BUCKETS * self.bucket_bytes
-        with (
-            self._conversation("update_weights") as process,
-            shared_memory.given(size, self._device, process.shared) as (memory, key),
-        ):
-            process.send(Call("update_weights", (size, key, _BUCKETS, version)))
-            answer, broken = _stream(tensors, memory.chunk(_BUCKETS), process)
-        self._result(answer, broken)
+        self._push("update_weights", (), tensors, version)
+
+    def update_adapter(self, scaling: float, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._push("update_adapter", (scaling,), tensors, version)
 
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         return self._call("fingerprint", list(names))
@@ -156,6 +156,16 @@ class OwnProcess(Engine):
         if missing:
             raise EngineError(f"OwnProcess's site {missing[0]!r} is no folder on this machine.")
         return [str(Path(folder).absolute()) for folder in self.site]
+
+    def _push(self, method: str, first: tuple[Any, ...], tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        size = _BUCKETS * self.bucket_bytes
+        with (
+            self._conversation(method) as process,
+            shared_memory.given(size, self._device, process.shared) as (memory, key),
+        ):
+            process.send(Call("push", (method, first, version, size, key, _BUCKETS)))
+            answer, broken = _stream(tensors, memory.chunk(_BUCKETS), process)
+        self._result(answer, broken)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         with self._conversation(method) as process:

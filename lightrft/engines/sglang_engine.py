@@ -51,7 +51,8 @@ class SGLangEngine(CheckedEngine):
         dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's.
         mem_fraction_static: share of the device's memory that weights and cache may take while awake.
         attention_backend: SGLang's kernels for attention; ``triton`` needs no compiler for CUDA.
-        options: further arguments of SGLang's ``Engine``, by name.
+        options: further arguments of SGLang's ``Engine``, by name. ``tp_size`` splits the model over as many devices of
+            this process, the trainer's the first of them.
 
     Raises:
         ValueError: a value outside its range, or an option that the engine sets itself.
@@ -89,7 +90,6 @@ class SGLangEngine(CheckedEngine):
             "sampling_backend": "pytorch",  # the name under which ours is drawn with
             "enable_memory_saver": True,
             "quantization": None,
-            "tp_size": 1,
             "random_seed": 0,
             **self._settings,
         }

@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """To the worker, inside ``update_weights``: what is in the next bucket.
+    """To the worker, inside a push: what is in the next bucket.
 
     Attributes:
         pieces: ``None`` after the last.
@@ -78,7 +78,7 @@ class Worker:
         self._line, self._shared, self._parent, self._folder = line, shared, parent, folder
         self._engine = Engine()
         self._device = torch.device("cpu")
-        self._own: dict[str, Callable[..., Any]] = {"start": self._start, "update_weights": self._update_weights}
+        self._own: dict[str, Callable[..., Any]] = {"start": self._start, "push": self._push}
 
     def serve(self) -> None:
         """Return when the engine has been closed."""
@@ -93,7 +93,8 @@ class Worker:
     def _answer(self, call: Call) -> Answer:
         result, failure = None, None
         try:
-            result = self._own.get(call.method, getattr(self._engine, call.method))(*call.arguments)
+            method = self._own.get(call.method) or getattr(self._engine, call.method)
+            result = method(*call.arguments)
         except Exception as error:
             failure = Failure.of(error)
         return Answer(result, failure, self._engine.dtype, self._engine.weight_version)
@@ -108,14 +109,17 @@ class Worker:
         tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
         self._engine.start(config, tokenizer, device)
 
-    def _update_weights(self, size: int, key: bytes | None, buckets: int, version: int) -> None:
+    def _push(
+        self, method: str, first: tuple[Any, ...], version: int, size: int, key: bytes | None, buckets: int
+    ) -> None:
         with shared_memory.taken(size, self._device, self._shared, key) as memory:
 
             def done() -> None:
                 shared_memory.settle(memory)
                 self._send(Progress(bucket=True))
 
-            self._engine.update_weights(unpacked(self._next_bucket, done, memory.chunk(buckets)), version)
+            tensors = unpacked(self._next_bucket, done, memory.chunk(buckets))
+            getattr(self._engine, method)(*first, tensors, version)
 
     def _next_bucket(self) -> list[Piece] | None:
         bucket: Bucket = self._receive()

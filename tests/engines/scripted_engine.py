@@ -52,6 +52,10 @@ class ScriptedEngine(Engine):
         self.pushed = list(tensors)
         self.weight_version = version
 
+    def update_adapter(self, scaling: float, tensors: Any, version: int) -> None:
+        self.scaling = scaling
+        self.update_weights(tensors, version)
+
     def close(self) -> None:
         self.helper.kill()
         self.helper.wait()

@@ -38,6 +38,27 @@ class TestOwnProcess(EngineContract):
         assert engine.fingerprint(list(pushed)) == {name: fingerprint(tensor) for name, tensor in pushed.items()}
 
 
+@pytest.mark.gpu
+class TestOwnProcessOnCuda(EngineContract):
+    make = staticmethod(lambda: OwnProcess(TransformersEngine()))
+    device = torch.device("cuda:0")
+    tolerance = 1e-4
+
+    def test_weights_on_the_device_arrive_through_its_memory_in_buckets_of_any_size(self, engine, monkeypatch):
+        pushed = {name: (tensor * 3).to(self.device) for name, tensor in world().weights()}
+        for size in (1000, 1 << 20):
+            monkeypatch.setattr(engine, "bucket_bytes", size)
+            engine.update_weights(pushed.items(), size)
+            assert engine.fingerprint(list(pushed)) == {name: fingerprint(tensor) for name, tensor in pushed.items()}
+
+    def test_a_push_leaves_no_memory_taken(self, engine):
+        engine.update_weights(world().weights(), 1)
+        before = torch.cuda.mem_get_info(self.device)[0]
+        for version in range(5):
+            engine.update_weights(world().weights(), version)
+        assert before - torch.cuda.mem_get_info(self.device)[0] < engine.bucket_bytes
+
+
 @pytest.fixture(scope="module")
 def living() -> Iterator[list[OwnProcess]]:
     """A started engine that a test has left alive, for the next."""
@@ -160,6 +181,8 @@ def test_an_interpreter_or_site_that_is_not_there_is_named(run, options, message
 def test_mistakes_in_the_configuration_are_refused_at_once():
     with pytest.raises(ValueError, match="already"):
         OwnProcess(OwnProcess(TransformersEngine()))
+    with pytest.raises(ValueError, match="tensor_parallel_size"):
+        OwnProcess(TransformersEngine(tensor_parallel_size=2))
     with pytest.raises(ValueError, match="timeout_seconds"):
         OwnProcess(TransformersEngine(), timeout_seconds=0)
 
@@ -170,6 +193,14 @@ def test_before_it_starts_it_says_so_and_has_the_engines_dtype():
     with pytest.raises(EngineError, match="start"):
         engine.score([])
     engine.close()
+
+
+def test_an_adapter_goes_the_way_of_weights(run):
+    engine = run()
+    engine.update_adapter(0.5, [("down", torch.arange(3.0)), ("up", torch.zeros(2, 2))], 4)
+    assert engine.weight_version == 4
+    pushed = ask(engine, "(self.scaling, dict(self.pushed))")
+    assert pushed[0] == 0.5 and pushed[1]["down"].tolist() == [0, 1, 2] and pushed[1]["up"].shape == (2, 2)
 
 
 # Errors

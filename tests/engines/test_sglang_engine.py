@@ -1,0 +1,167 @@
+"""SGLangEngine holds the contract of engines, in a process of its own.
+
+On a machine with a CUDA device and SGLang; the variable LIGHTRFT_SGLANG_SITE may name the folder that has SGLang and
+its transformers, LIGHTRFT_SGLANG_PYTHON the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightrft.engines import EngineError, OwnProcess, SGLangEngine
+from lightrft.ops.fingerprint import fingerprint
+from lightrft.samples import FIRE, Sampling
+
+from .contract import EngineContract, ids_of, prompt, world
+
+PYTHON, SITE = os.environ.get("LIGHTRFT_SGLANG_PYTHON"), os.environ.get("LIGHTRFT_SGLANG_SITE")
+GPU = torch.device("cuda:0")
+needs_sglang = pytest.mark.skipif(
+    not (PYTHON or SITE or importlib.util.find_spec("sglang")), reason="needs SGLang: see LIGHTRFT_SGLANG_SITE"
+)
+
+
+def apart(dtype: str, graphs: bool = False) -> OwnProcess:
+    options = {} if graphs else {"disable_cuda_graph": True}
+    engine = SGLangEngine(dtype=dtype, mem_fraction_static=0.2, options=options)
+    return OwnProcess(engine, python=PYTHON, site=SITE)
+
+
+@pytest.mark.gpu
+@needs_sglang
+@pytest.mark.timeout(600)
+class TestSGLangEngine(EngineContract):
+    """In float32, where it can be compared token by token."""
+
+    device = GPU
+    tolerance = 2e-3
+    make = staticmethod(lambda: apart("float32"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[OwnProcess]:
+    """In bfloat16 with CUDA graphs, as runs use it; the weights are the world's, rounded."""
+    engine = apart("bfloat16", graphs=True)
+    engine.start(world().config, world().tokenizer, GPU)
+    engine.update_weights(world().weights(), 0)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.gpu
+@needs_sglang
+@pytest.mark.timeout(600)
+class TestSGLangEngineAsRunsUseIt:
+    def test_its_weights_are_those_pushed_in_its_dtype_from_either_kind_of_memory(self, engine):
+        expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
+        assert engine.fingerprint(list(expected)) == expected
+        engine.update_weights([(name, tensor.to(GPU)) for name, tensor in world().weights()], 1)
+        assert engine.fingerprint(list(expected)) == expected
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}], ids=str
+    )
+    def test_log_probs_are_near_those_of_its_own_scores(self, engine, options):
+        sampling = Sampling(max_new_tokens=16, **options)
+        asked = prompt(9)
+        group = engine.generate([asked], sampling, [range(64)])[0]
+        full = [torch.cat([asked.token_ids, response.token_ids]) for response in group]
+        scores = [score[len(asked.token_ids) - 1 :] for score in engine.score(full)]
+        differences = torch.cat([response.log_probs - score for response, score in zip(group, scores)])
+        if options:
+            assert differences.abs().mean() > 0.05  # another distribution
+        else:
+            assert differences.abs().mean() < 0.02
+
+    def test_scores_are_near_those_of_the_trainers_forward(self, engine):
+        sequences = [prompt(length).token_ids for length in (9, 30, 100)]
+        differences = []
+        for sequence, score in zip(sequences, engine.score(sequences)):
+            with torch.no_grad():
+                log_probs = world().model(sequence[None]).logits[0, :-1].log_softmax(-1)
+            differences.append(score - log_probs.gather(1, sequence[1:, None])[:, 0])
+        assert torch.cat(differences).abs().mean() < 0.05
+
+    def test_seeds_decide_whatever_the_batch(self, engine):
+        sampling = Sampling(max_new_tokens=8, fire=FIRE())
+        together = engine.generate([prompt(5), prompt(40)], sampling, [range(32), range(32)])
+        alone = engine.generate([prompt(5)], sampling, [[3]])
+        assert together[0][3].token_ids.tolist() == alone[0][0].token_ids.tolist()
+        assert len({tuple(ids) for ids in ids_of(together)[0]}) > 16
+
+    def test_a_response_that_its_cache_has_no_room_for_is_refused(self):
+        small = SGLangEngine("bfloat16", 0.2, options={"disable_cuda_graph": True, "max_total_tokens": 64})
+        engine = OwnProcess(small, python=PYTHON, site=SITE)
+        engine.start(world().config, world().tokenizer, GPU)
+        engine.update_weights(world().weights(), 0)
+        with pytest.raises(EngineError, match="mem_fraction_static"):
+            engine.generate([prompt(20)], Sampling(max_new_tokens=100), [range(20)])
+        engine.close()
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_sleep_gives_the_devices_memory_to_this_process(self, engine, level):
+        awake = torch.cuda.mem_get_info(GPU)[0]
+        engine.sleep(level)
+        total = torch.cuda.get_device_properties(GPU).total_memory
+        assert torch.cuda.mem_get_info(GPU)[0] - awake > 0.15 * total
+        engine.wake(("weights",))
+        if level == 2:
+            engine.update_weights(world().weights(), 2)
+        engine.wake(("cache",))
+        expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
+        assert engine.fingerprint(list(expected)) == expected
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_over_two_devices_it_holds_and_draws_the_same(self, engine):
+        engine.close()
+        split = SGLangEngine("bfloat16", 0.2, options={"disable_cuda_graph": True, "tp_size": 2})
+        two = OwnProcess(split, python=PYTHON, site=SITE)
+        two.start(world().config, world().tokenizer, GPU)
+        two.update_weights(world().weights(), 0)
+        expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
+        assert two.fingerprint(list(expected)) == expected
+        drawn = two.generate([prompt(5)], Sampling(max_new_tokens=16), [range(8)])
+        scores = two.score([torch.cat([prompt(5).token_ids, response.token_ids]) for response in drawn[0]])
+        for response, score in zip(drawn[0], scores):
+            assert (response.log_probs - score[4:]).abs().mean() < 0.05
+        two.close()
+        engine.start(world().config, world().tokenizer, GPU)
+        engine.update_weights(world().weights(), 0)
+
+    def test_a_scheduler_that_dies_is_an_error_of_the_engine(self, engine):
+        leader = engine._process._process.pid
+        session = subprocess.run(["ps", "-o", "pid=", "--sid", str(leader)], capture_output=True, text=True, check=True)
+        for pid in map(int, session.stdout.split()):
+            if pid != leader:
+                os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError):
+            engine.generate([prompt(5)], Sampling(max_new_tokens=64), [range(8)])
+        engine.start(world().config, world().tokenizer, GPU)
+        engine.update_weights(world().weights(), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"mem_fraction_static": 1.5}, "mem_fraction_static"),
+        ({"options": {"quantization": "fp8"}}, "quantization"),
+        ({"options": {"load_format": "auto"}}, "load_format"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_be_is_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SGLangEngine(**arguments)
+
+
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(EngineError, match="CUDA"):
+        SGLangEngine().start(world().config, world().tokenizer, torch.device("cpu"))
