@@ -19,6 +19,7 @@ from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.live_weights import whole_fingerprint
 from lightrft.engines.manifest import Manifest
+from lightrft.engines.messages import dumps
 from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import Tail, before_stop
 from lightrft.ops.fingerprint import Fingerprint
@@ -28,6 +29,9 @@ from lightrft.whereabouts import mark
 _BUCKET_BYTES = 512 << 20
 # SGLang keeps a few positions of its context to itself; what the model's has room for must fit.
 _SPARE_CONTEXT = 16
+# Arguments of SGLang's that options may not set.
+_OURS = {"model_path", "load_format", "skip_tokenizer_init", "dtype", "quantization", "device", "base_gpu_id"}
+_OURS |= {"context_length", "sampling_backend", "attention_backend", "mem_fraction_static", "enable_memory_saver"}
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_CALM_DOWN = 30.0
 
@@ -50,7 +54,8 @@ class SGLangEngine(CheckedEngine):
     Args:
         dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's.
         mem_fraction_static: share of the device's memory that weights and cache may take while awake.
-        attention_backend: SGLang's kernels for attention; ``triton`` needs no compiler for CUDA.
+        attention_backend: SGLang's kernels for attention; ``None`` is ``triton``, which needs no compiler for CUDA, and
+            on a CPU, where SGLang serves to try things out, ``torch_native``.
         options: further arguments of SGLang's ``Engine``, by name. ``tp_size`` splits the model over as many devices of
             this process, the trainer's the first of them.
 
@@ -62,7 +67,7 @@ class SGLangEngine(CheckedEngine):
         self,
         dtype: Literal["bfloat16", "float16", "float32"] | None = None,
         mem_fraction_static: float = 0.8,
-        attention_backend: str = "triton",
+        attention_backend: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -71,9 +76,9 @@ class SGLangEngine(CheckedEngine):
         if not 0 < mem_fraction_static < 1:
             raise ValueError(f"mem_fraction_static is {mem_fraction_static}; it must be in (0, 1).")
         self._wanted_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
-        self._settings = {"mem_fraction_static": mem_fraction_static, "attention_backend": attention_backend}
+        self._mem_fraction_static, self._attention_backend = mem_fraction_static, attention_backend
         self._options = dict(options or {})
-        taken = sorted(self._own_arguments().keys() & self._options.keys())
+        taken = sorted(_OURS & self._options.keys())
         if taken:
             raise ValueError(f"options may not set {', '.join(taken)}: SGLangEngine does.")
         self._engine: Any = None
@@ -83,42 +88,46 @@ class SGLangEngine(CheckedEngine):
         """As asked for in the constructor; once started, what the model is really in."""
         return self._wanted_dtype if self._engine is None else self._model_dtype
 
-    def _own_arguments(self) -> dict[str, Any]:
-        return {
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "sampling_backend": "pytorch",  # the name under which ours is drawn with
-            "enable_memory_saver": True,
-            "quantization": None,
-            "random_seed": 0,
-            **self._settings,
-        }
-
     def _start(self, config: Any, tokenizer: Any) -> None:
-        if self._device.type != "cuda":
-            raise EngineError(f"SGLangEngine needs a CUDA device, not {self._device}.")
+        if self._device.type not in ("cuda", "cpu"):
+            raise EngineError(
+                f"SGLangEngine computes on CUDA devices, or for trials on a CPU, but not on {self._device}."
+            )
         model = build(config, self._wanted_dtype, torch.device("meta"))
         self._manifest = Manifest(model)
         self._model_dtype = model.dtype
         self._embedded = int(model.get_input_embeddings().num_embeddings)
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft-sglang-")
         _write_folder(Path(self._folder.name), model, tokenizer)
-        arguments = {
-            "model_path": self._folder.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "base_gpu_id": self._device.index or 0,
-            "context_length": None if self._context is None else self._context + _SPARE_CONTEXT,
-            "log_level": "error",
-            **self._own_arguments(),
-            **self._options,
-        }
         try:
-            with _longer_context():
-                self._engine = _engine_class()(**arguments)
+            with _environment(self._device):
+                self._engine = _engine_class()(**self._arguments(model))
         except Exception as error:
             self._folder.cleanup()
+            if isinstance(error, EngineError):
+                raise
             raise EngineError(f"SGLang cannot serve {type(model).__name__}: {error}") from error
         self._steps = inside.steps_file(Path(self._folder.name))
+
+    def _arguments(self, model: Any) -> dict[str, Any]:
+        on_cpu = self._device.type == "cpu"
+        settings = {
+            "model_path": self._folder.name,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": None,
+            "device": self._device.type,
+            "base_gpu_id": self._device.index or 0,
+            "context_length": None if self._context is None else self._context + _SPARE_CONTEXT,
+            "sampling_backend": "pytorch",  # the name that ours takes
+            "attention_backend": self._attention_backend or ("torch_native" if on_cpu else "triton"),
+            "mem_fraction_static": self._mem_fraction_static,
+            "enable_memory_saver": not on_cpu,
+            "random_seed": 0,
+            "log_level": "error",
+        }
+        return settings | self._options
 
     @property
     def _vocabulary(self) -> int:
@@ -218,9 +227,12 @@ class SGLangEngine(CheckedEngine):
         self._call("forget")
 
     def _load(self, bucket: list[tuple[str, Tensor]]) -> None:
-        torch.cuda.synchronize(self._device)
-        self._call("load", tensors=inside.pickled(bucket))
-        torch.cuda.ipc_collect()
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+        self._call("load", tensors=inside.by_reference(bucket) if on_cuda else dumps(bucket))
+        if on_cuda:
+            torch.cuda.ipc_collect()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         stored = {name: self._manifest.tied(name)[0] for name in names}
@@ -302,12 +314,15 @@ def _write_folder(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _longer_context() -> Iterator[None]:
-    """SGLang started in it takes a context that is longer than the model's."""
-    name = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _environment(device: torch.device) -> Iterator[None]:
+    """SGLang, imported and started in it, takes a context longer than the model's, and a CPU."""
+    variables = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    if device.type == "cpu":
+        variables["SGLANG_USE_CPU_ENGINE"] = "1"
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

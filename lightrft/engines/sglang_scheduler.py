@@ -15,6 +15,7 @@ from torch import Tensor
 from lightrft.engines import request_draw
 from lightrft.engines.failures import Failure
 from lightrft.engines.live_weights import Held, LiveWeights
+from lightrft.engines.messages import loads
 from lightrft.engines.stopping import Detokenizer, Tail
 from lightrft.ops.collectives import everyone
 
@@ -167,24 +168,31 @@ def _live(scheduler: Any) -> LiveWeights:
 
 
 def _load(scheduler: Any, tensors: bytes) -> None:
-    """Tensors of :func:`pickled`."""
-    from sglang.srt.utils import MultiprocessingSerializer
-    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-    monkey_patch_torch_reductions()
-    device = scheduler.tp_worker.model_runner.device
-    found = MultiprocessingSerializer.deserialize(tensors)
+    """Tensors by reference on a CUDA device, on a CPU themselves."""
+    device = torch.device(scheduler.tp_worker.model_runner.device)
+    found = _referred(tensors) if device.type == "cuda" else loads(tensors)
     _live(scheduler).load([(name, tensor.to(device)) for name, tensor in found])
-    torch.cuda.synchronize()  # before the sender frees them
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # before the sender frees them
 
 
-def pickled(tensors: list[tuple[str, Tensor]]) -> bytes:
-    """CUDA tensors by reference, for the scheduler processes; they must be kept until these have answered."""
+def by_reference(tensors: list[tuple[str, Tensor]]) -> bytes:
+    """CUDA tensors for the scheduler processes; they must be kept until these have answered."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
     monkey_patch_torch_reductions()
-    return MultiprocessingSerializer.serialize(tensors)
+    serialized: bytes = MultiprocessingSerializer.serialize(tensors)
+    return serialized
+
+
+def _referred(tensors: bytes) -> list[tuple[str, Tensor]]:
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+    monkey_patch_torch_reductions()
+    found: list[tuple[str, Tensor]] = MultiprocessingSerializer.deserialize(tensors)
+    return found
 
 
 def _held(scheduler: Any, names: Sequence[str]) -> dict[str, list[Held]]:

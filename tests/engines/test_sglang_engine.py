@@ -1,6 +1,6 @@
-"""SGLangEngine holds the contract of engines, in a process of its own.
+"""SGLangEngine holds the contract of engines, in a process of its own, on the CPU and on a GPU.
 
-On a machine with a CUDA device and SGLang; the variable LIGHTRFT_SGLANG_SITE may name the folder that has SGLang and
+The variable LIGHTRFT_SGLANG_SITE may name the folder that has SGLang and
 its transformers, LIGHTRFT_SGLANG_PYTHON the interpreter.
 """
 
@@ -21,7 +21,8 @@ from lightrft.samples import FIRE, Sampling
 
 from .contract import EngineContract, ids_of, prompt, world
 
-PYTHON, SITE = os.environ.get("LIGHTRFT_SGLANG_PYTHON"), os.environ.get("LIGHTRFT_SGLANG_SITE")
+PYTHON = os.environ.get("LIGHTRFT_SGLANG_PYTHON")
+SITE = list(filter(None, os.environ.get("LIGHTRFT_SGLANG_SITE", "").split(os.pathsep)))
 GPU = torch.device("cuda:0")
 needs_sglang = pytest.mark.skipif(
     not (PYTHON or SITE or importlib.util.find_spec("sglang")), reason="needs SGLang: see LIGHTRFT_SGLANG_SITE"
@@ -34,10 +35,17 @@ def apart(dtype: str, graphs: bool = False) -> OwnProcess:
     return OwnProcess(engine, python=PYTHON, site=SITE)
 
 
+@needs_sglang
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has a contract of its own")
+@pytest.mark.timeout(600)
+class TestSGLangEngine(EngineContract):
+    make = staticmethod(lambda: apart("float32"))
+
+
 @pytest.mark.gpu
 @needs_sglang
 @pytest.mark.timeout(600)
-class TestSGLangEngine(EngineContract):
+class TestSGLangEngineOnTheGPU(EngineContract):
     """In float32, where it can be compared token by token."""
 
     device = GPU
@@ -162,6 +170,12 @@ def test_what_it_cannot_be_is_refused_at_once(arguments, message):
         SGLangEngine(**arguments)
 
 
-def test_without_a_gpu_it_says_so():
+def test_another_device_is_refused():
     with pytest.raises(EngineError, match="CUDA"):
+        SGLangEngine().start(world().config, world().tokenizer, torch.device("meta"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is here")
+def test_without_sglang_it_names_the_extra_and_the_process_to_run_it_in():
+    with pytest.raises(EngineError, match=r"OwnProcess.*extra sglang"):
         SGLangEngine().start(world().config, world().tokenizer, torch.device("cpu"))
