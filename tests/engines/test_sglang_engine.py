@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,20 +20,27 @@ from lightrft.engines import EngineError, OwnProcess, SGLangEngine
 from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Sampling
 
-from .contract import EngineContract, ids_of, prompt, world
+from .contract import EngineContract, ids_of, prompt, reference_log_probs, world
 
 PYTHON = os.environ.get("LIGHTRFT_SGLANG_PYTHON")
 SITE = list(filter(None, os.environ.get("LIGHTRFT_SGLANG_SITE", "").split(os.pathsep)))
-GPU = torch.device("cuda:0")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 needs_sglang = pytest.mark.skipif(
     not (PYTHON or SITE or importlib.util.find_spec("sglang")), reason="needs SGLang: see LIGHTRFT_SGLANG_SITE"
 )
 
 
-def apart(dtype: str, graphs: bool = False) -> OwnProcess:
-    options = {} if graphs else {"disable_cuda_graph": True}
-    engine = SGLangEngine(dtype=dtype, mem_fraction_static=0.2, options=options)
-    return OwnProcess(engine, python=PYTHON, site=SITE)
+def apart(dtype: str, graphs: bool = False, **options: Any) -> OwnProcess:
+    options = {"disable_cuda_graph": not graphs, **options}
+    return OwnProcess(SGLangEngine(dtype, 0.2, options=options), python=PYTHON, site=SITE)
+
+
+def started(dtype: str, tied: bool = False, **options: Any) -> OwnProcess:
+    """With the world's weights."""
+    engine = apart(dtype, **options)
+    engine.start(world(tied).config, world(tied).tokenizer, DEVICE)
+    engine.update_weights(world(tied).weights(), 0)
+    return engine
 
 
 @needs_sglang
@@ -48,29 +56,26 @@ class TestSGLangEngine(EngineContract):
 class TestSGLangEngineOnTheGPU(EngineContract):
     """In float32, where it can be compared token by token."""
 
-    device = GPU
+    device = DEVICE
     tolerance = 2e-3
     make = staticmethod(lambda: apart("float32"))
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[OwnProcess]:
-    """In bfloat16 with CUDA graphs, as runs use it; the weights are the world's, rounded."""
-    engine = apart("bfloat16", graphs=True)
-    engine.start(world().config, world().tokenizer, GPU)
-    engine.update_weights(world().weights(), 0)
+    """In bfloat16, on a GPU with CUDA graphs, as runs use it; the weights are the world's, rounded."""
+    engine = started("bfloat16", graphs=True)
     yield engine
     engine.close()
 
 
-@pytest.mark.gpu
 @needs_sglang
 @pytest.mark.timeout(600)
 class TestSGLangEngineAsRunsUseIt:
     def test_its_weights_are_those_pushed_in_its_dtype_from_either_kind_of_memory(self, engine):
         expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
         assert engine.fingerprint(list(expected)) == expected
-        engine.update_weights([(name, tensor.to(GPU)) for name, tensor in world().weights()], 1)
+        engine.update_weights([(name, tensor.to(DEVICE)) for name, tensor in world().weights()], 1)
         assert engine.fingerprint(list(expected)) == expected
 
     @pytest.mark.parametrize(
@@ -104,44 +109,19 @@ class TestSGLangEngineAsRunsUseIt:
         assert together[0][3].token_ids.tolist() == alone[0][0].token_ids.tolist()
         assert len({tuple(ids) for ids in ids_of(together)[0]}) > 16
 
-    def test_a_response_that_its_cache_has_no_room_for_is_refused(self):
-        small = SGLangEngine("bfloat16", 0.2, options={"disable_cuda_graph": True, "max_total_tokens": 64})
-        engine = OwnProcess(small, python=PYTHON, site=SITE)
-        engine.start(world().config, world().tokenizer, GPU)
-        engine.update_weights(world().weights(), 0)
-        with pytest.raises(EngineError, match="mem_fraction_static"):
-            engine.generate([prompt(20)], Sampling(max_new_tokens=100), [range(20)])
-        engine.close()
-
+    @pytest.mark.gpu
     @pytest.mark.parametrize("level", [1, 2])
     def test_sleep_gives_the_devices_memory_to_this_process(self, engine, level):
-        awake = torch.cuda.mem_get_info(GPU)[0]
+        awake = torch.cuda.mem_get_info(DEVICE)[0]
         engine.sleep(level)
-        total = torch.cuda.get_device_properties(GPU).total_memory
-        assert torch.cuda.mem_get_info(GPU)[0] - awake > 0.15 * total
+        total = torch.cuda.get_device_properties(DEVICE).total_memory
+        assert torch.cuda.mem_get_info(DEVICE)[0] - awake > 0.15 * total
         engine.wake(("weights",))
         if level == 2:
             engine.update_weights(world().weights(), 2)
         engine.wake(("cache",))
         expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
         assert engine.fingerprint(list(expected)) == expected
-
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-    def test_over_two_devices_it_holds_and_draws_the_same(self, engine):
-        engine.close()
-        split = SGLangEngine("bfloat16", 0.2, options={"disable_cuda_graph": True, "tp_size": 2})
-        two = OwnProcess(split, python=PYTHON, site=SITE)
-        two.start(world().config, world().tokenizer, GPU)
-        two.update_weights(world().weights(), 0)
-        expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
-        assert two.fingerprint(list(expected)) == expected
-        drawn = two.generate([prompt(5)], Sampling(max_new_tokens=16), [range(8)])
-        scores = two.score([torch.cat([prompt(5).token_ids, response.token_ids]) for response in drawn[0]])
-        for response, score in zip(drawn[0], scores):
-            assert (response.log_probs - score[4:]).abs().mean() < 0.05
-        two.close()
-        engine.start(world().config, world().tokenizer, GPU)
-        engine.update_weights(world().weights(), 0)
 
     def test_a_scheduler_that_dies_is_an_error_of_the_engine(self, engine):
         leader = engine._process._process.pid
@@ -151,8 +131,31 @@ class TestSGLangEngineAsRunsUseIt:
                 os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError):
             engine.generate([prompt(5)], Sampling(max_new_tokens=64), [range(8)])
-        engine.start(world().config, world().tokenizer, GPU)
-        engine.update_weights(world().weights(), 3)
+        engine.start(world().config, world().tokenizer, DEVICE)
+
+
+@needs_sglang
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two CUDA devices")
+def test_split_over_two_it_holds_tied_weights_and_draws_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0")  # on a CPU it wants to know whose cores are whose
+    split, model = started("float32", tied=True, tp_size=2), world(tied=True).model
+    expected = {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" in expected
+    assert split.fingerprint(list(expected)) == expected
+    sampling = Sampling(max_new_tokens=12, temperature=0.8)
+    for response in split.generate([prompt(5)], sampling, [range(8)])[0]:
+        assert torch.allclose(response.log_probs, reference_log_probs(model, prompt(5), response, sampling), atol=2e-3)
+    split.close()
+
+
+@needs_sglang
+@pytest.mark.timeout(600)
+def test_a_response_that_its_cache_has_no_room_for_is_refused() -> None:
+    small = started("bfloat16", max_total_tokens=64)
+    with pytest.raises(EngineError, match="mem_fraction_static"):
+        small.generate([prompt(20)], Sampling(max_new_tokens=100), [range(20)])
+    small.close()
 
 
 @pytest.mark.parametrize(
