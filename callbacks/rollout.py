@@ -60,12 +60,12 @@ class Rollout(RolloutCallback):
         sampling: Sampling | None = None,
     ) -> samples.Rollout:
         sampling = sampling or self.sampling
-        asked, own = self._group.join(prompts)
         seeds = [
             [response_seed(run_seed, iteration, prompt.uid, index) for index in range(samples_per_prompt)]
-            for prompt in asked
+            for prompt in prompts
         ]
-        groups = self.engine.generate(asked, sampling, seeds)
+        asked, all_seeds, own = self._group.join(prompts, seeds)
+        groups = self.engine.generate(asked, sampling, all_seeds)
         return samples.Rollout(list(prompts), groups[own], sampling)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -13,7 +13,8 @@ from lightrft.samples import Prompt, Response, Rollout
 class TrajectoryWriter(RFTCallback):
     """Writes ``<log_dir>/trajectories/<train or val>-<step>-rank<r>.jsonl``, a line for each response.
 
-    Where an algorithm refills groups, those that were taken are written.
+    Where an algorithm refills groups, those that were taken are written. ``segments``, pairs of tokens and weight
+    version, are in the lines of responses that several versions sampled.
 
     Args:
         every_n_iterations: how often training responses are written; validation's always are.
@@ -64,6 +65,8 @@ class TrajectoryWriter(RFTCallback):
             "dropped": response.dropped,
             "weight_version": response.weight_version,
         }
+        if response.segments:
+            line["segments"] = response.segments
         if self.token_ids:
             line["token_ids"] = response.token_ids.tolist()
             line["log_probs"] = response.log_probs.tolist()

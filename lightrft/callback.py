@@ -55,7 +55,7 @@ class RFTCallback(pl.Callback):
         """A phase is over and the trainer's state is complete: the place to save."""
 
     def on_rollout_start(self, trainer: RFTTrainer, pl_module: RFTModule, prompts: Sequence[Prompt]) -> None:
-        """This rank's prompts are drawn; nothing is sampled yet.
+        """This rank's prompts are drawn; none of them is answered yet.
 
         Where an algorithm refills groups, the hooks of a rollout come again in the phase ``score``, once a round.
         """
@@ -117,6 +117,28 @@ class RolloutCallback(RFTCallback):
     engine: Engine
     sampling: Sampling
 
+    def prompts_to_draw(self, prompts: int) -> int:
+        """How many prompts, over all ranks, :meth:`sample` must be given for it to answer ``prompts`` of them."""
+        return prompts
+
+    def sample(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, run_seed: int, iteration: int) -> Rollout:
+        """Training responses. Their prompts may be earlier ones, those given being kept for later.
+
+        Args:
+            prompts: this rank's part of as many as :meth:`prompts_to_draw` asked for.
+            samples_per_prompt, run_seed, iteration: as in :meth:`generate`.
+
+        Returns:
+            this rank's part of as many groups as were asked for, each whole: of every optimizer step's share one block.
+        """
+        return self.generate(
+            prompts,
+            samples_per_prompt=samples_per_prompt,
+            run_seed=run_seed,
+            iteration=iteration,
+            sampling=self.sampling,
+        )
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -126,7 +148,10 @@ class RolloutCallback(RFTCallback):
         iteration: int,
         sampling: Sampling | None = None,
     ) -> Rollout:
-        """Sample ``samples_per_prompt`` responses to each prompt; a fixed function of weights, prompts and seeds."""
+        """Sample ``samples_per_prompt`` responses to each prompt; a fixed function of weights, prompts and seeds.
+
+        With the current weights, at once: for validation and greedy baselines.
+        """
         raise NotImplementedError
 
 

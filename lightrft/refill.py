@@ -47,7 +47,7 @@ def refill(trainer: RFTTrainer, rollout: Rollout, score: Callable[[Rollout], Non
         this rank's share of the groups; metrics ``refill/rounds``, ``refill/prompts`` and ``refill/missing_groups``.
     """
     sharding, wanted = trainer.learner.sharding, trainer.prompts_per_iteration
-    prompts_per_update = trainer.responses_per_update // trainer.samples_per_prompt
+    prompts_per_update = trainer.prompts_per_update
     shares = wanted // prompts_per_update
     groups = _groups(rollout, 0, trainer.fabric.global_rank, shares)
     rounds, drawn = 0, 0
@@ -58,11 +58,12 @@ def refill(trainer: RFTTrainer, rollout: Rollout, score: Callable[[Rollout], Non
 
     while (count := missing()) and rounds < trainer.model.algorithm.refill_rounds:
         rounds += 1
-        more = math.ceil(count / prompts_per_update) * prompts_per_update
+        updates = math.ceil(count / prompts_per_update)
+        more = updates * prompts_per_update
         drawn += more
-        extra = trainer.sample(trainer.prompts.take(more))
+        extra = trainer.sample(more)
         score(extra)
-        groups += _groups(extra, rounds, trainer.fabric.global_rank, 1)
+        groups += _groups(extra, rounds, trainer.fabric.global_rank, updates)
     if rounds:
         # What each rank drew is told first, so that only the groups that are taken travel.
         known = sorted(place for part in sharding.everyone([_place(group) for group in groups]) for place in part)

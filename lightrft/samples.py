@@ -161,11 +161,12 @@ class Response:
         log_probs: float32 ``[T]`` nats, of the distribution each token was drawn from (temperature and truncation in).
         text: the response decoded without special tokens, cut before a stop string.
         finish_reason: ``stop`` (a stop token or string), ``length`` (``max_new_tokens`` reached), ``abort``.
-        weight_version: version of the weights that sampled it.
+        weight_version: version of the weights that sampled it, or where there were several, its last token.
         seed: the seed of its own random stream.
         reward: the scalar that trains; ``None`` until scored, or when nothing could be scored.
         reward_parts: unweighted score of each component of the recipe, by name.
         dropped: ``True`` when the failure policy takes it out of the update (its mask becomes all zero).
+        segments: ``(tokens, version)``, in their order, of a response that several versions sampled; else empty.
     """
 
     token_ids: Tensor
@@ -177,6 +178,13 @@ class Response:
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     dropped: bool = False
+    segments: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def versions(self) -> Tensor:
+        """Version of the weights that sampled each token: int64 ``[T]``."""
+        parts = torch.tensor(self.segments or [(len(self.token_ids), self.weight_version)], dtype=torch.int64)
+        return parts[:, 1].repeat_interleave(parts[:, 0])
 
     def state_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

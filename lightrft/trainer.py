@@ -177,6 +177,11 @@ class RFTTrainer:
         return self.updates_per_iteration // self.epochs_per_iteration
 
     @property
+    def prompts_per_update(self) -> int:
+        """Prompts whose groups an optimizer step sees, over all ranks."""
+        return self.responses_per_update // self.samples_per_prompt
+
+    @property
     def is_global_zero(self) -> bool:
         return self.fabric.is_global_zero
 
@@ -376,22 +381,35 @@ class RFTTrainer:
         self._stop_if_asked()
 
     def _roll_out(self) -> None:
-        # Taken one update's share at a time, so that an update sees the same responses on any number of ranks.
-        shares = self.shares_per_iteration
-        prompts = [p for _ in range(shares) for p in self.prompts.take(self.prompts_per_iteration // shares)]
-        self.samples = self.sample(prompts)
+        self.samples = self.sample(self.prompts_per_iteration)
 
-    def sample(self, prompts: Sequence[Prompt]) -> Rollout:
-        """This iteration's responses to prompts, not yet scored; with the greedy one where the algorithm wants it."""
-        self.call("on_rollout_start", prompts=prompts)
+    def sample(self, prompts: int) -> Rollout:
+        """This rank's part of the responses to so many further prompts, not yet scored.
+
+        With the greedy one where the algorithm wants it. A part is one block of every optimizer step's share.
+
+        Args:
+            prompts: over all ranks, whole optimizer steps of them.
+        """
+        drawn = self._draw(self.rollout.prompts_to_draw(prompts))
+        self.call("on_rollout_start", prompts=drawn)
         with self._engine_awake():
-            sampling, iteration = self.rollout.sampling, self.progress.iteration
-            rollout = self._generate(prompts, self.samples_per_prompt, sampling, iteration)
+            iteration = self.progress.iteration
+            mark("sampling")
+            rollout = self.rollout.sample(
+                drawn, samples_per_prompt=self.samples_per_prompt, run_seed=self.seed, iteration=iteration
+            )
             if self.model.algorithm.needs_greedy:
-                greedy = self._generate(prompts, 1, _greedy(sampling), iteration)
+                greedy = self._generate(rollout.prompts, 1, _greedy(rollout.sampling), iteration)
                 rollout.greedy = [response for (response,) in greedy.groups]
         self.call("on_rollout_end", rollout=rollout)
         return rollout
+
+    def _draw(self, prompts: int) -> list[Prompt]:
+        # Taken one update's share at a time, so that an update sees the same responses on any number of ranks.
+        share = self.prompts_per_update
+        sizes = [share] * (prompts // share) + [prompts % share]
+        return [prompt for size in sizes for prompt in self.prompts.take(size)]
 
     @contextmanager
     def _engine_awake(self) -> Iterator[None]:
@@ -588,7 +606,7 @@ class RFTTrainer:
         Raises:
             ValueError: an update cannot be shared by them.
         """
-        updates, prompts = self.updates_per_iteration, self.responses_per_update // self.samples_per_prompt
+        updates, prompts = self.updates_per_iteration, self.prompts_per_update
         if prompts % ranks:
             raise ValueError(
                 f"An update of {prompts} prompts (responses_per_update / samples_per_prompt) cannot be shared by "

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import torch
-
+from lightrft.engines.continuation import after, joined, spelled
 from lightrft.engines.seeds import continuation_seed
-from lightrft.engines.stopping import Detokenizer, Tail, before_stop
+from lightrft.engines.stopping import Detokenizer
 from lightrft.samples import Prompt, Response, Sampling
 
 Generate = Callable[[Sequence[Prompt], Sampling, Sequence[Sequence[int]]], list[list[Response]]]
@@ -51,30 +50,9 @@ def with_hot_start(
         if first.finish_reason == "length"
     ]
     later = dataclasses.replace(sampling, max_new_tokens=sampling.max_new_tokens - 1, fire=None)
-    begun = [_after(prompt, group[index]) for prompt, group, index in going_on]
+    begun = [after(prompt, group[index]) for prompt, group, index in going_on]
     rest = generate(begun, later, [[continuation_seed(group[index].seed, 1)] for _, group, index in going_on])
     for (_, group, index), (end,) in zip(going_on, rest):
-        group[index] = _joined(group[index], end, stops, detokenizer)
+        group[index] = response = joined(group[index], end, stops, detokenizer)
+        response.text = spelled(response, stops, detokenizer)
     return groups
-
-
-def _after(prompt: Prompt, first: Response) -> Prompt:
-    return dataclasses.replace(prompt, token_ids=torch.cat([prompt.token_ids, first.token_ids]))
-
-
-def _joined(first: Response, rest: Response, stops: Sequence[str], detokenizer: Detokenizer) -> Response:
-    """Both as one response, ended by a stop string that lies across them."""
-    tokens, reason = torch.cat([first.token_ids, rest.token_ids]), rest.finish_reason
-    if stops:
-        tail = Tail(stops, detokenizer)
-        end = next((end for end, token in enumerate(tokens.tolist(), 1) if tail.completed_by(token)), None)
-        if end is not None:
-            tokens, reason = tokens[:end], "stop"
-    return Response(
-        token_ids=tokens,
-        log_probs=torch.cat([first.log_probs, rest.log_probs])[: len(tokens)],
-        text=before_stop(detokenizer.decode(tokens.tolist()), stops),
-        finish_reason=reason,
-        weight_version=rest.weight_version,
-        seed=first.seed,
-    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, StoppingCriteria
 
 
 class Detokenizer:
@@ -34,6 +34,13 @@ class Detokenizer:
         visible = [token for token in token_ids if token in self._visible]
         return str(self._tokenizer.decode(visible, clean_up_tokenization_spaces=False))
 
+    def decode_all(self, responses: Sequence[Sequence[int]]) -> list[str]:
+        """:meth:`decode` of each, over all cores where the tokenizer can."""
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+            return [self.decode(tokens) for tokens in responses]
+        visible = [[token for token in tokens if token in self._visible] for tokens in responses]
+        return list(self._tokenizer.backend_tokenizer.decode_batch(visible, skip_special_tokens=False))
+
     def special_id(self, text: str) -> int | None:
         """Id of the special token that ``text`` is, if it is one: its text is never decoded."""
         token = self._tokenizer.get_vocab().get(text)
@@ -46,14 +53,17 @@ class Tail:
     Args:
         stops: the strings.
         detokenizer: what decodes.
+
+    Attributes:
+        window: most visible tokens over which a string lies.
     """
 
     def __init__(self, stops: Sequence[str], detokenizer: Detokenizer) -> None:
         self._stops = stops
         self._detokenizer = detokenizer
         # A visible token is a byte or more. The few before them keep what decoders strip at a start out of the match.
-        window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
-        self._tokens: deque[int] = deque(maxlen=window)
+        self.window = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops) + 4
+        self._tokens: deque[int] = deque(maxlen=self.window)
 
     def completed_by(self, token: int) -> bool:
         """Take the response's next token; whether it completes a stop string."""
@@ -95,6 +105,30 @@ class StopStrings(StoppingCriteria):
         done = torch.zeros(len(newest), dtype=torch.bool)
         done[list(self.ends)] = True
         return done.to(input_ids.device)
+
+
+def stop_across(
+    before: Sequence[int], after: Sequence[int], stops: Sequence[str], detokenizer: Detokenizer
+) -> int | None:
+    """Where a stop string that begins in one part of a response ends in the next.
+
+    Args:
+        before: tokens so far, which complete none.
+        after: those that follow, in which a string from beginning to end would have ended them.
+        stops: the strings; there may be none.
+        detokenizer: what decodes.
+
+    Returns:
+        the tokens of ``after`` up to the one that completes it; ``None`` where there is none.
+    """
+    if not stops:
+        return None
+    tail = Tail(stops, detokenizer)
+    for token in [token for token in before if detokenizer.visible(token)][-tail.window :]:
+        tail.completed_by(token)
+    # What begins before has ended within the window.
+    visible = [position for position, token in enumerate(after, 1) if detokenizer.visible(token)]
+    return next((position for position in visible[: tail.window] if tail.completed_by(after[position - 1])), None)
 
 
 def response_length(token_ids: Sequence[int], stop_ids: frozenset[int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from lightrft.engines.hot_start import with_hot_start
 from lightrft.engines.manifest import Manifest
 from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import Tail, before_stop
+from lightrft.engines.vllm_memory import forget_pools
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.random_state import random_state, set_random_state
 from lightrft.samples import Prompt, Response, Sampling
@@ -28,6 +29,11 @@ from lightrft.whereabouts import mark
 
 # One process holds the scheduler and the model: weights are a copy on the device, and no tensor is pickled.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+# Its kernel draws every request from a seed of its own; the older runner takes half as long again for that.
+_NEWER_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+_ITS_OWN = frozenset(
+    ("model", "tokenizer", "load_format", "dtype", "quantization", "logprobs_mode", "enable_sleep_mode", "seed")
+)
 _TAGS: dict[WakePart, str] = {"weights": "weights", "cache": "kv_cache"}
 
 
@@ -81,6 +87,9 @@ class VLLMEngine(CheckedEngine):
             "enforce_eager": enforce_eager,
         }
         self._options = dict(options or {})
+        taken = sorted(self._options.keys() & (_ITS_OWN | self._settings.keys()))
+        if taken:
+            raise ValueError(f"options may not set {', '.join(taken)}: VLLMEngine does.")
         self._llm: Any = None
 
     @property
@@ -94,16 +103,27 @@ class VLLMEngine(CheckedEngine):
         self._manifest = Manifest(model)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
         _write_folder(Path(self._folder.name), model, tokenizer)
-        arguments = self._arguments(model)
-        with _undisturbed():
-            try:
-                self._llm = _llm_class()(**arguments)
-            except Exception as error:
-                self._folder.cleanup()
-                raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
+        try:
+            self._llm = self._make(self._arguments(model))
+        except Exception as error:
+            self._folder.cleanup()
+            raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
         self._together = self._in_worker(vllm_weights.kept_together, list(self._manifest.named))
-        self._quantised = self._in_worker(vllm_weights.is_quantised, list(self._manifest.named))
+        self.in_float8 = self._in_worker(vllm_weights.in_float8, list(self._manifest.named))
+
+    def _make(self, arguments: dict[str, Any]) -> Any:
+        """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""
+        llm = _llm_class()
+        if self._device.type != "cpu":
+            try:
+                with _undisturbed(_NEWER_RUNNER):
+                    return llm(**arguments)
+            except ValueError as error:
+                if "V2" not in str(error):
+                    raise
+        with _undisturbed():
+            return llm(**arguments)
 
     def _arguments(self, model: Any) -> dict[str, Any]:
         own = {
@@ -112,6 +132,8 @@ class VLLMEngine(CheckedEngine):
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": "fp8_per_channel" if self._quantization else None,
             "enable_sleep_mode": self._device.type != "cpu",
+            # On the CPU vLLM cannot take back the number that it draws from a request's seed for a part of its prompt.
+            "enable_chunked_prefill": self._device.type != "cpu",
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # what the folder recommends would change the distribution behind our back
             "skip_tokenizer_init": model.config.get_text_config() is model.config,
@@ -119,9 +141,6 @@ class VLLMEngine(CheckedEngine):
             "seed": 0,
             **self._settings,
         }
-        taken = sorted(own.keys() & self._options.keys())
-        if taken:
-            raise ValueError(f"options may not set {', '.join(taken)}: VLLMEngine does.")
         return {**own, **self._options}
 
     @property
@@ -150,14 +169,16 @@ class VLLMEngine(CheckedEngine):
         for prompt, own in zip(prompts, seeds):
             asked += [requests.request(prompt)] * len(own)
             params += [requests.sampling_params(sampling, seed, stop_ids, bool(stops)) for seed in own]
-        outputs = iter(self._run(asked, params, stops))
+        outputs = self._run(asked, params, stops)
+        texts = self._detokenizer.decode_all([output.tokens for output in outputs])
+        drawn = iter(zip(outputs, texts))
         return [
-            [self._response(prompt, next(outputs), sampling, seed, stops) for seed in own]
+            [self._response(prompt, *next(drawn), sampling, seed, stops) for seed in own]
             for prompt, own in zip(prompts, seeds)
         ]
 
     def _response(
-        self, prompt: Prompt, output: _Output, sampling: Sampling, seed: int, stops: Sequence[str]
+        self, prompt: Prompt, output: _Output, text: str, sampling: Sampling, seed: int, stops: Sequence[str]
     ) -> Response:
         # vLLM gives a greedy token the log-prob it had before the others were ruled out.
         log_probs = torch.tensor([0.0] * len(output.tokens) if sampling.temperature == 0 else output.log_probs)
@@ -169,7 +190,7 @@ class VLLMEngine(CheckedEngine):
         return Response(
             token_ids=torch.tensor(output.tokens, dtype=torch.int64),
             log_probs=log_probs,
-            text=before_stop(self._detokenizer.decode(output.tokens), stops),
+            text=before_stop(text, stops),
             finish_reason=output.finish_reason,
             weight_version=self.weight_version,
             seed=seed,
@@ -198,9 +219,13 @@ class VLLMEngine(CheckedEngine):
                     for step in engine.step():
                         if outputs[step.request_id].take(step):
                             engine.abort_request([step.request_id])
-            except BaseException:
-                engine.abort_request(list(outputs))
-                raise
+            except Exception as error:
+                raise EngineError(
+                    f"vLLM failed while it sampled; close the engine and start it anew: {error}"
+                ) from error
+            finally:
+                if engine.has_unfinished_requests():  # after Ctrl-C, say: the next call's must be alone
+                    engine.abort_request(list(outputs))
         return list(outputs.values())
 
     def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
@@ -223,9 +248,6 @@ class VLLMEngine(CheckedEngine):
             if lacking:
                 raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
 
-    def kept_together(self, name: str) -> list[str]:
-        return self._together.get(name, [name])
-
     def _forget(self) -> None:
         """Drop what old weights computed: of prompts, of images and audio."""
         engine = self._llm.llm_engine
@@ -235,18 +257,9 @@ class VLLMEngine(CheckedEngine):
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        groups = {name: [name, *self._manifest.tied(name)] for name in names}
-        found = self._in_worker(vllm_weights.fingerprints, sorted({one for group in groups.values() for one in group}))
-        # Of tied weights the one that differs, if vLLM holds them apart.
-        return {
-            name: next((found[one] for one in group if found[one] != found[name]), found[name])
-            for name, group in groups.items()
-        }
-
-    def expected(self, name: str, tensor: Tensor) -> Fingerprint:
-        if name in self._quantised:
-            return vllm_weights.quantised_fingerprint(tensor)
-        return super().expected(name, tensor)
+        for name in names:
+            self._manifest.find(name.removesuffix("_scale"))
+        return self._in_worker(vllm_weights.fingerprints, list(names))
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":
@@ -261,13 +274,14 @@ class VLLMEngine(CheckedEngine):
             self._llm.wake_up(tags=[_TAGS[part]])
 
     def _close(self) -> None:
-        llm, self._llm = self._llm, None
+        if self._device.type != "cpu" and "weights" not in self._asleep:
+            self._llm.sleep(level=2)
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
         self._folder.cleanup()
-        llm.llm_engine.engine_core.shutdown()
-        del llm
         gc.collect()
         if self._device.type != "cpu":
-            torch.cuda.empty_cache()
+            forget_pools()
 
     def _in_worker(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return self._llm.collective_rpc(work, args=arguments)[0]
@@ -325,15 +339,20 @@ def _write_folder(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """vLLM seeds the process, sets variables, and makes ``torch.set_num_threads`` do nothing; all is put back."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+def _undisturbed(wanted: Mapping[str, str] | None = None) -> Iterator[None]:
+    """vLLM seeds the process, reads variables, and makes ``torch.set_num_threads`` do nothing; all is put back.
+
+    Args:
+        wanted: variables that are set meanwhile where the user has not.
+    """
+    variables = {**_ENVIRONMENT, **(wanted or {})}
+    before = {name: os.environ.get(name) for name in variables}
     random, set_num_threads = random_state(), torch.set_num_threads
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update({name: before[name] or value for name, value in variables.items()})
     try:
         yield
     finally:
         set_random_state(random)
-        torch.set_num_threads = set_num_threads  # type: ignore[assignment]
+        torch.set_num_threads = set_num_threads
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

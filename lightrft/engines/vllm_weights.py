@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft.engines.base import EngineError
-from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+from lightrft.ops.fingerprint import Fingerprint, Fingerprints
 
 
 def load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -51,32 +51,25 @@ def kept_together(worker: Any, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
-    """Fingerprints of what the model computes with.
+    """Fingerprints of what the model computes with; ``<name>_scale`` are the scales of a weight in 8 bits.
 
     Raises:
         EngineError: a name that the model has no weight for.
     """
+    model, taken = worker.model_runner.model, Fingerprints()
+    for name in names:
+        weight, scale = _held(model, name.removesuffix("_scale"))
+        tensor = scale if name.endswith("_scale") else weight
+        if tensor is None:
+            raise _no_weight(model, name)
+        taken.add(name, tensor)
+    return taken.read()
+
+
+def in_float8(worker: Any, names: Sequence[str]) -> frozenset[str]:
+    """The names among ``names`` whose weight the model holds in 8 bits."""
     model = worker.model_runner.model
-    return {name: _fingerprint(*_held(model, name)) for name in names}
-
-
-def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """What vLLM makes of a weight ``[N, K]`` under ``fp8_per_channel``: float8 ``[N, K]`` and float32 scales ``[N]``."""
-    from vllm import _custom_ops as ops
-
-    weight, scale = ops.scaled_fp8_quant(tensor.contiguous(), scale=None, use_per_token_if_dynamic=True)
-    return weight, scale.flatten()
-
-
-def quantised_fingerprint(tensor: Tensor) -> Fingerprint:
-    """What :func:`fingerprints` must find of ``tensor`` after a push."""
-    return _fingerprint(*quantised(tensor))
-
-
-def is_quantised(worker: Any, names: Sequence[str]) -> set[str]:
-    """The names among ``names`` whose weight the model holds in float8."""
-    model = worker.model_runner.model
-    return {name for name in names if _held(model, name)[1] is not None}
+    return frozenset(name for name in names if _held(model, name)[1] is not None)
 
 
 def _remade(worker: Any) -> bool:
@@ -84,14 +77,10 @@ def _remade(worker: Any) -> bool:
     return config.quantization is not None or worker.device.type == "cpu"
 
 
-def _fingerprint(weight: Tensor, scale: Tensor | None) -> Fingerprint:
-    return fingerprint(weight) if scale is None else joined([fingerprint(weight), fingerprint(scale)])
-
-
-def _held(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def _held(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """A weight as the model computes with it, and the scales of its rows where it is in float8."""
     path, part = _locate(model, name)
-    module = model.get_submodule(path)
+    module: Any = model.get_submodule(path)
     leaf = name.rpartition(".")[2]
     rows = _rows(module, part)
     scale = getattr(module, "weight_scale", None) if leaf == "weight" else None
@@ -101,7 +90,7 @@ def _held(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
         return _read_packed(module)[rows], None
     tensor = getattr(module, leaf, None)
     if not isinstance(tensor, Tensor):
-        raise EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
+        raise _no_weight(model, name)
     return tensor.detach()[rows], None
 
 
@@ -116,8 +105,12 @@ def _locate(model: nn.Module, name: str) -> tuple[str, int | None]:
         if own in parts and own != packed and _has(model, joint):
             return joint, parts.index(own)
     if not _has(model, path):
-        raise EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
+        raise _no_weight(model, name)
     return path, None
+
+
+def _no_weight(model: nn.Module, name: str) -> EngineError:
+    return EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -128,7 +121,7 @@ def _has(model: nn.Module, path: str) -> bool:
     return bool(path)
 
 
-def _rows(module: nn.Module, part: int | None) -> slice:
+def _rows(module: Any, part: int | None) -> slice:
     if part is not None:
         sizes = module.output_partition_sizes
         return slice(sum(sizes[:part]), sum(sizes[: part + 1]))
@@ -136,7 +129,7 @@ def _rows(module: nn.Module, part: int | None) -> slice:
     return slice(0, getattr(module, "org_vocab_size", None))
 
 
-def _read_packed(module: nn.Module) -> Tensor:
+def _read_packed(module: Any) -> Tensor:
     """The matrix ``[N, K]`` that ``cpu_linear`` multiplies by, which may be a packed copy: its products with units."""
     width = getattr(module, "input_size_per_partition", None) or module.weight.shape[1]
     with torch.no_grad():

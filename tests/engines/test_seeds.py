@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.engines.seeds import response_seed
+from lightrft.engines.seeds import continuation_seed, response_seed
 
 whole = st.integers(-(2**70), 2**70)
 parts = st.tuples(whole, whole, st.text(st.characters(codec=None)), whole)
@@ -29,3 +29,13 @@ def test_different_responses_have_different_seeds(one, other):
 def test_text_that_looks_like_the_other_parts_does_not_collide():
     assert response_seed(1, 2, "3/x", 4) != response_seed(1, 2, "x", 43)
     assert response_seed(1, 2, "4/x", 3) != response_seed(1, 2, "x", 34)
+
+
+def test_seeds_of_continuations_never_change_either():
+    assert continuation_seed(5, 256) == 7840951993868188814  # b2sum -l 64
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(1, 2**20), st.integers(1, 2**20))
+def test_different_continuations_have_different_seeds(one, other, begins, ends):
+    assert (continuation_seed(one, begins) == continuation_seed(other, ends)) == ((one, begins) == (other, ends))
+    assert 0 <= continuation_seed(one, begins) < 2**63

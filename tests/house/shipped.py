@@ -22,7 +22,6 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 FLOORS = {
     "lightrft": 0,
-    "lightrft.random_state": 0,
     "lightrft.samples": 0,
     "lightrft.whereabouts": 0,
     "lightrft.algorithms": 1,
@@ -30,6 +29,7 @@ FLOORS = {
     "lightrft.analysis": 2,
     "lightrft.data": 2,
     "lightrft.engines": 2,
+    "lightrft.random_state": 2,
     "lightrft.rewards": 2,
     "lightrft.strategies": 2,
     "lightrft.callback": 3,

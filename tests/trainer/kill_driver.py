@@ -20,7 +20,7 @@ import torch
 
 from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
-from lightrft.callbacks import RFTCheckpoint
+from lightrft.callbacks import RFTCheckpoint, Throughput, TrajectoryWriter, Validation, WeightSync
 from lightrft.checkpoint import manifest
 
 torch.set_num_threads(1)
@@ -92,18 +92,24 @@ def forked(work: Callable[[], None]) -> int:
 
 
 # What has state of its own: a critic with its optimizer, running moments of rewards, a refill that draws prompts while
-# it scores.
+# it scores, groups in flight.
 ALGORITHMS: dict[str, Callable[[], Algorithm | None]] = {
     "grpo": lambda: None,
     "ppo": lambda: Algorithm("ppo", normalize_rewards=True, clip_rewards=1.5),
     "dapo": lambda: Algorithm("dapo", kl="loss_k3", normalize_rewards=True, clip_rewards=1.5),
+    "partial": lambda: Algorithm(correction="token_tis"),
+    "ahead": lambda: Algorithm("dapo", correction="token_tis"),
 }
 
 
 def run(inputs: Path, root: Path, name: str, callbacks: list[RFTCallback], ckpt_path: str | None = None) -> None:
-    reward = tiny_run.shortness_of_odd_sums if name == "dapo" else tiny_run.shortness
+    reward = tiny_run.shortness_of_odd_sums if name in ("dapo", "ahead") else tiny_run.shortness
     model = tiny_run.module(inputs, ALGORITHMS[name](), tiny_run.scoring(reward))
-    tiny_run.fit(inputs, root, callbacks, model=model, ckpt_path=ckpt_path)
+    usual: list[RFTCallback] | None = None
+    if name in ("partial", "ahead"):
+        rollout = tiny_run.partial() if name == "partial" else tiny_run.ahead()
+        usual = [rollout, WeightSync(), Throughput(), Validation(every_n_iterations=2), TrajectoryWriter(1, True)]
+    tiny_run.fit(inputs, root, callbacks, usual, model, ckpt_path)
 
 
 def final_state(root: Path) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def main() -> None:
     cases += [("grpo", kind, n) for kind, n in ((KillWhileWriting, 2), (KillWhileWriting, 9))]
     cases += [("grpo", kind, n) for kind, n in ((KillBeforeNaming, 5), (KillBeforeNaming, 12))]
     # Of the others in the second iteration alone: all of its phases.
-    cases += [(name, KillAfterSaving, n) for name in ("ppo", "dapo") for n in (7, 8, 9, 10, 12)]
+    cases += [(name, KillAfterSaving, n) for name in ("ppo", "dapo", "partial", "ahead") for n in (7, 8, 9, 10, 12)]
     for algorithm in ALGORITHMS:
         base, again = inputs / algorithm, inputs / f"{algorithm}-again"
         for root in (base, again) if algorithm == "grpo" else (base,):

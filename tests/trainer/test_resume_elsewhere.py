@@ -11,7 +11,8 @@ from ranks import on_ranks
 from trainer import tiny_run
 
 from lightrft.algorithms import Algorithm
-from lightrft.callbacks import RFTCheckpoint
+from lightrft.callback import RFTCallback
+from lightrft.callbacks import RFTCheckpoint, Throughput, TrajectoryWriter, WeightSync
 
 SIZES = {"prompts_per_iteration": 8, "responses_per_update": 16}
 
@@ -24,14 +25,21 @@ def run(
         "grpo": lambda: (Algorithm(kl_coefficient=0.05), tiny_run.shortness),
         "ppo": lambda: (Algorithm("ppo", normalize_rewards=True, clip_rewards=1.5), tiny_run.shortness),
         "dapo": lambda: (Algorithm("dapo", refill_rounds=2), tiny_run.shortness_of_odd_sums),
+        "partial": lambda: (Algorithm(correction="token_tis"), tiny_run.shortness),
+        "ahead": lambda: (Algorithm(correction="token_tis"), tiny_run.shortness),
     }
     chosen, reward = made[algorithm]()
+    usual: list[RFTCallback] | None = None
+    if algorithm in ("partial", "ahead"):
+        rollout = tiny_run.partial() if algorithm == "partial" else tiny_run.ahead()
+        usual = [rollout, WeightSync(), Throughput(), TrajectoryWriter(1, True)]
     model = tiny_run.module(Path(inputs), chosen, tiny_run.scoring(reward))
     saving = RFTCheckpoint(every_n_iterations=1, at="phase", max_keep=99)
     trainer = tiny_run.fit(
         Path(inputs),
         Path(root),
         [saving] if ckpt_path is None else [],
+        usual,
         model=model,
         ckpt_path=ckpt_path,
         devices=ranks,
@@ -92,6 +100,10 @@ CASES = [
     ("ppo", 2, 4, "iteration-000001-before-update-0"),
     ("ppo", 2, 1, "iteration-000001"),
     ("dapo", 2, 4, "iteration-000001-before-advantages-0"),
+    ("partial", 4, 2, "iteration-000001"),
+    ("partial", 2, 4, "iteration-000001-before-score-0"),
+    ("ahead", 4, 1, "iteration-000001-before-score-0"),
+    ("ahead", 2, 4, "iteration-000001"),
 ]
 
 

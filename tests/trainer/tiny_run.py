@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from lightrft.algorithms import Algorithm
 from lightrft.callback import RFTCallback
 from lightrft.callbacks import (
+    AheadRollout,
     EngineSleepWake,
     KLController,
+    PartialRollout,
     RFTCheckpoint,
     Rollout,
     Throughput,
@@ -104,6 +106,22 @@ def data(folder: Path) -> PromptData:
 
 def sampler(engine: Engine | None = None, **sampling: Any) -> Rollout:
     return Rollout(engine or TransformersEngine(), Sampling(**{"max_new_tokens": 5, **sampling}))
+
+
+class BesideTraining(TransformersEngine):
+    """Of this process, but it can sample in a thread while the trainer computes: it shares nothing with it."""
+
+    in_own_process = True
+
+
+def ahead(engine: Engine | None = None, **sampling: Any) -> AheadRollout:
+    return AheadRollout(engine or BesideTraining(), Sampling(**{"max_new_tokens": 5, **sampling}))
+
+
+def partial(engine: Engine | None = None, segment_tokens: int = 2, groups: int = 4, **sampling: Any) -> PartialRollout:
+    """Every third token or so ends a response, so that lengths differ."""
+    chosen = Sampling(**{"max_new_tokens": 8, "stop_token_ids": (2, 3, 4, 5), **sampling})
+    return PartialRollout(engine or TransformersEngine(), chosen, segment_tokens, groups)
 
 
 def trainer(
