@@ -165,10 +165,10 @@ class VLLMEngine(CheckedEngine):
         stops: Sequence[str],
         stop_ids: frozenset[int],
     ) -> list[list[Response]]:
-        asked, params = [], []
+        asked: list[dict[str, Any]] = []
         for prompt, own in zip(prompts, seeds):
             asked += [requests.request(prompt)] * len(own)
-            params += [requests.sampling_params(sampling, seed, stop_ids, bool(stops)) for seed in own]
+        params = requests.sampling_params(sampling, [seed for own in seeds for seed in own], stop_ids, bool(stops))
         outputs = self._run(asked, params, stops)
         texts = self._detokenizer.decode_all([output.tokens for output in outputs])
         drawn = iter(zip(outputs, texts))

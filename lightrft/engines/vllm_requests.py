@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,24 +12,23 @@ from torch import Tensor
 from lightrft.samples import Prompt, Sampling
 
 
-def sampling_params(sampling: Sampling, seed: int, stop_ids: frozenset[int], stream: bool) -> Any:
-    """vLLM's ``SamplingParams`` for one response.
+def sampling_params(sampling: Sampling, seeds: Sequence[int], stop_ids: frozenset[int], stream: bool) -> list[Any]:
+    """vLLM's ``SamplingParams`` for one response from each seed.
 
     Args:
-        sampling: how it is drawn; stop strings are ours to find, ``fire`` is no single request's.
-        seed: of its own stream.
-        stop_ids: every id that ends it.
+        sampling: how they are drawn; stop strings are ours to find, ``fire`` is no single request's.
+        seeds: of their own streams.
+        stop_ids: every id that ends them.
         stream: whether tokens are wanted as they come, rather than all at the end.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(
+    common = SamplingParams(
         max_tokens=sampling.max_new_tokens,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        seed=seed,
         stop_token_ids=sorted(stop_ids),
         ignore_eos=True,  # ends of sequence are among the ids
         logprobs=0,  # of the token that is drawn, and of no other
@@ -37,7 +37,10 @@ def sampling_params(sampling: Sampling, seed: int, stop_ids: frozenset[int], str
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,
     )
-    params.temperature = sampling.temperature  # the constructor would refuse what is above 2, as FIRE's is
+    common.temperature = sampling.temperature  # the constructor would refuse what is above 2, as FIRE's is
+    params = [copy.copy(common) for _ in seeds]
+    for one, seed in zip(params, seeds):
+        one.seed = seed
     return params
 
 
@@ -73,7 +76,3 @@ def flat(log_probs: Any) -> list[float]:
 def prompt_log_probs(log_probs: Any) -> Tensor:
     """float32 ``[L - 1]`` of a prompt of ``L`` tokens; vLLM's first position is empty."""
     return torch.tensor(flat(log_probs), dtype=torch.float32)
-
-
-def ids(tokens: Sequence[int]) -> Tensor:
-    return torch.tensor(list(tokens), dtype=torch.int64)
