@@ -196,7 +196,7 @@ class EngineProcess:
         if code >= 0:
             return f"ended with exit code {code}"
         name = signal.Signals(-code).name
-        likely = " (the kernel's, when memory runs out)" if -code == signal.SIGKILL else ""
+        likely = " (the kernel's, if memory ran out)" if -code == signal.SIGKILL else ""
         return f"was killed by {name}{likely}"
 
     def _bury(self, how: str) -> None:
