@@ -99,7 +99,7 @@ class Worker:
             failure = Failure.of(error)
         return Answer(result, failure, self._engine.dtype, self._engine.weight_version)
 
-    def _start(self, engine: bytes, device: torch.device, threads: int) -> None:
+    def _start(self, engine: bytes, device: torch.device, threads: int) -> frozenset[str]:
         from transformers import AutoConfig, AutoTokenizer
 
         torch.set_num_threads(threads)
@@ -108,6 +108,7 @@ class Worker:
         config = AutoConfig.from_pretrained(self._folder / "config", local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
         self._engine.start(config, tokenizer, device)
+        return self._engine.in_float8
 
     def _push(
         self, method: str, first: tuple[Any, ...], version: int, size: int, key: bytes | None, buckets: int
