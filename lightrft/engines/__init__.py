@@ -9,13 +9,15 @@ from lightrft.engines.base import Engine, EngineError
 from lightrft.engines.group import EngineGroup
 
 if TYPE_CHECKING:
+    from lightrft.engines.remote_engine import RemoteEngine
     from lightrft.engines.transformers_engine import TransformersEngine
     from lightrft.engines.vllm_engine import VLLMEngine
 
-__all__ = ["Engine", "EngineError", "EngineGroup", "TransformersEngine", "VLLMEngine"]
+__all__ = ["Engine", "EngineError", "EngineGroup", "RemoteEngine", "TransformersEngine", "VLLMEngine"]
 
 # Imported on first use: an engine's libraries take seconds to import, and a run uses one engine.
 _ENGINES = {
+    "RemoteEngine": "lightrft.engines.remote_engine",
     "TransformersEngine": "lightrft.engines.transformers_engine",
     "VLLMEngine": "lightrft.engines.vllm_engine",
 }

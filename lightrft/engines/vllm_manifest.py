@@ -1,0 +1,59 @@
+"""Names of weights towards vLLM: tied ones under each of theirs, and none without what vLLM holds as one with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lightrft.engines.base import EngineError
+from lightrft.engines.manifest import Manifest
+from lightrft.ops.fingerprint import Fingerprint
+from lightrft.whereabouts import mark
+
+
+class VLLMManifest(Manifest):
+    """The weights of ``model``, as vLLM wants them.
+
+    Attributes:
+        together: by name, what vLLM holds as one; known once it holds the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.together: Mapping[str, Sequence[str]] = {}
+
+    def checked(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[tuple[str, Tensor]]:
+        """Pass ``tensors`` on under every name that each has.
+
+        vLLM would keep the old head of tied weights on the CPU, and fill the rest of a layer with anything.
+
+        Raises:
+            EngineError: as :class:`~lightrft.engines.manifest.Manifest`, and for a part of what a layer holds as one.
+        """
+        seen: set[str] = set()
+        for name, tensor in super().checked(tensors, complete):
+            mark()
+            seen.add(name)
+            for one in self.tied(name):
+                yield one, tensor
+        for name in seen:
+            lacking = [other for other in self.together.get(name, []) if other not in seen]
+            if lacking:
+                raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
+
+    def fingerprints(
+        self, names: Sequence[str], inside: Callable[[list[str]], Mapping[str, Fingerprint]]
+    ) -> dict[str, Fingerprint]:
+        """Fingerprints of the weights ``names``; of tied ones the one that differs, if vLLM holds them apart.
+
+        Args:
+            names: of weights.
+            inside: gives those of the tensors in vLLM's model.
+        """
+        groups = {name: [name, *self.tied(name)] for name in names}
+        found = inside(sorted({one for group in groups.values() for one in group}))
+        return {
+            name: next((found[one] for one in group if found[one] != found[name]), found[name])
+            for name, group in groups.items()
+        }
