@@ -269,10 +269,9 @@ class RemoteEngine(CheckedEngine):
             channel.close()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        def inside(held: list[str]) -> dict[str, Fingerprint]:
-            return {name: Fingerprint(*one) for name, one in self._server.worker("fingerprints", held).items()}
-
-        return self._by_first(lambda: self._manifest.fingerprints(names, inside))
+        held = self._manifest.held(names)
+        found = self._by_first(lambda: self._server.worker("fingerprints", held))
+        return {name: Fingerprint(*one) for name, one in found.items()}
 
     def _sleep(self, level: int) -> None:
         if not self._served["sleeps"]:

@@ -31,6 +31,9 @@ from lightrft.whereabouts import mark
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 # Its kernel draws every request from a seed of its own; the older runner takes half as long again for that.
 _NEWER_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+_ITS_OWN = frozenset(
+    ("model", "tokenizer", "load_format", "dtype", "quantization", "logprobs_mode", "enable_sleep_mode", "seed")
+)
 
 
 class VLLMEngine(CheckedEngine):
@@ -83,6 +86,9 @@ class VLLMEngine(CheckedEngine):
             "enforce_eager": enforce_eager,
         }
         self._options = dict(options or {})
+        taken = sorted(self._options.keys() & (_ITS_OWN | self._settings.keys()))
+        if taken:
+            raise ValueError(f"options may not set {', '.join(taken)}: VLLMEngine does.")
         self._llm: Any = None
 
     @property
@@ -134,9 +140,6 @@ class VLLMEngine(CheckedEngine):
             "seed": 0,
             **self._settings,
         }
-        taken = sorted(own.keys() & self._options.keys())
-        if taken:
-            raise ValueError(f"options may not set {', '.join(taken)}: VLLMEngine does.")
         return {**own, **self._options}
 
     @property
@@ -213,7 +216,7 @@ class VLLMEngine(CheckedEngine):
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        return self._manifest.fingerprints(names, lambda held: self._in_worker(vllm_weights.fingerprints, held))
+        return self._in_worker(vllm_weights.fingerprints, self._manifest.held(names))
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":

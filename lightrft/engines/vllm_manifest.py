@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lightrft.engines.base import EngineError
 from lightrft.engines.manifest import Manifest
-from lightrft.ops.fingerprint import Fingerprint
 from lightrft.whereabouts import mark
 
 
@@ -42,18 +41,12 @@ class VLLMManifest(Manifest):
             if lacking:
                 raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
 
-    def fingerprints(
-        self, names: Sequence[str], inside: Callable[[list[str]], Mapping[str, Fingerprint]]
-    ) -> dict[str, Fingerprint]:
-        """Fingerprints of the weights ``names``; of tied ones the one that differs, if vLLM holds them apart.
+    def held(self, names: Sequence[str]) -> list[str]:
+        """``names``, each of a weight or, with ``_scale`` behind it, of the scales of one in 8 bits.
 
-        Args:
-            names: of weights.
-            inside: gives those of the tensors in vLLM's model.
+        Raises:
+            EngineError: there is none of that name.
         """
-        groups = {name: [name, *self.tied(name)] for name in names}
-        found = inside(sorted({one for group in groups.values() for one in group}))
-        return {
-            name: next((found[one] for one in group if found[one] != found[name]), found[name])
-            for name, group in groups.items()
-        }
+        for name in names:
+            self.find(name.removesuffix("_scale"))
+        return list(names)

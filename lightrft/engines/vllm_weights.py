@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft.engines.base import EngineError
-from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+from lightrft.ops.fingerprint import Fingerprint, Fingerprints
 
 
 def load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -51,13 +51,19 @@ def kept_together(worker: Any, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
-    """Fingerprints of what the model computes with.
+    """Fingerprints of what the model computes with; ``<name>_scale`` are the scales of a weight in 8 bits.
 
     Raises:
         EngineError: a name that the model has no weight for.
     """
-    model = worker.model_runner.model
-    return {name: _fingerprint(*_held(model, name)) for name in names}
+    model, taken = worker.model_runner.model, Fingerprints()
+    for name in names:
+        weight, scale = _held(model, name.removesuffix("_scale"))
+        tensor = scale if name.endswith("_scale") else weight
+        if tensor is None:
+            raise _no_weight(model, name)
+        taken.add(name, tensor)
+    return taken.read()
 
 
 def in_float8(worker: Any, names: Sequence[str]) -> frozenset[str]:
@@ -69,10 +75,6 @@ def in_float8(worker: Any, names: Sequence[str]) -> frozenset[str]:
 def _remade(worker: Any) -> bool:
     config = worker.model_runner.model_config
     return config.quantization is not None or worker.device.type == "cpu"
-
-
-def _fingerprint(weight: Tensor, scale: Tensor | None) -> Fingerprint:
-    return fingerprint(weight) if scale is None else joined([fingerprint(weight), fingerprint(scale)])
 
 
 def _held(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +90,7 @@ def _held(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
         return _read_packed(module)[rows], None
     tensor = getattr(module, leaf, None)
     if not isinstance(tensor, Tensor):
-        raise EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
+        raise _no_weight(model, name)
     return tensor.detach()[rows], None
 
 
@@ -103,8 +105,12 @@ def _locate(model: nn.Module, name: str) -> tuple[str, int | None]:
         if own in parts and own != packed and _has(model, joint):
             return joint, parts.index(own)
     if not _has(model, path):
-        raise EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
+        raise _no_weight(model, name)
     return path, None
+
+
+def _no_weight(model: nn.Module, name: str) -> EngineError:
+    return EngineError(f"vLLM's {type(model).__name__} holds no weight for {name!r}.")
 
 
 def _has(model: nn.Module, path: str) -> bool:
