@@ -237,15 +237,16 @@ class RemoteEngine(CheckedEngine):
             # Requests wait from here on, and what old weights computed is dropped. If this fails, they wait for the
             # next push, as weights that are partly new must not answer.
             self._server.ask("/pause?mode=abort")
-        try:
-            with self._server.working("receive") as (watch, finish):
+        with self._server.working("receive", channel.place.port) as (watch, finish):
+            try:
                 channel.send(tensors, watch)
                 finish()
-        except BaseException as error:
-            self._disconnect()
-            if isinstance(error, ChannelBroken):
-                raise EngineError(f"vLLM at {self._server.url} was lost while it took weights: {error}") from error
-            raise
+            except BaseException as error:
+                self._disconnect()
+                if isinstance(error, ChannelBroken):
+                    finish()  # which knows more of it, mostly
+                    raise EngineError(f"vLLM at {self._server.url} was lost while it took weights: {error}") from error
+                raise
         if "cache" not in self._asleep:
             self._server.ask("/resume")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightrft.engines import vllm_weights
+from lightrft.engines.base import EngineError
 from lightrft.engines.weight_channel import Place, WeightChannel
 
 # Of a model's config: what must be the actor's.
@@ -71,9 +72,15 @@ def leave(worker: Any) -> None:
         channel.close()
 
 
-def receive(worker: Any) -> None:
-    """Load what the trainer sends."""
-    channel: WeightChannel = worker.lightrft_channel
+def receive(worker: Any, port: int) -> None:
+    """Load what the trainer sends that is at ``port``.
+
+    Raises:
+        EngineError: another one has joined since.
+    """
+    channel: WeightChannel | None = worker.__dict__.get("lightrft_channel")
+    if channel is None or channel.place.port != port:
+        raise EngineError("another run has pushed weights to it since; start a server for each")
     tensors = channel.receive(channel.alive)
     try:
         vllm_weights.load(worker, tensors)

@@ -156,6 +156,7 @@ class _Call:
         self.wait_seconds: float | None = None
         self._server, self._connection = server, connection
         self._path, self._body, self._headers = path, body, headers
+        self._socket: socket.socket | None = None
         self._ended = threading.Event()
 
     def answer(self) -> Any:
@@ -180,10 +181,9 @@ class _Call:
     def end(self) -> None:
         """Close the connection, on which the server drops the request."""
         self._ended.set()
-        sock = self._connection.sock
-        if sock is not None:
+        if self._socket is not None:
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
+                self._socket.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
         self._connection.close()
 
     @contextmanager
@@ -191,7 +191,8 @@ class _Call:
         url = self._server.url
         try:
             self._connection.connect()
-            self._connection.sock.settimeout(self.wait_seconds)
+            self._socket = self._connection.sock  # which the connection forgets where the server closes it
+            self._socket.settimeout(self.wait_seconds)
             if self._ended.is_set():
                 raise ConnectionAbortedError("ended before it was sent")
             self._connection.request("POST", self._path, self._body, self._headers)

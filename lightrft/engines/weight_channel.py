@@ -72,9 +72,13 @@ class WeightChannel:
         rank: 0 is the trainer, 1 the worker.
         device: this end computes on it.
         own_address: of this machine, as the other reaches it.
+
+    Attributes:
+        place: where the trainer's end is.
     """
 
     def __init__(self, store: dist.TCPStore, place: Place, rank: int, device: torch.device, own_address: str) -> None:
+        self.place = place
         self._store, self._device = store, device if place.backend == "nccl" else torch.device("cpu")
         self._timeout_seconds = place.timeout_seconds
         with _broken():
@@ -96,7 +100,9 @@ class WeightChannel:
             if time.monotonic() - begun > place.timeout_seconds:
                 raise ChannelBroken(f"nobody came to {place.host}:{place.port} in {place.timeout_seconds:g} seconds")
             time.sleep(0.005)
-        return cls(store, place, _TRAINER, device, place.host)
+        channel = cls(store, place, _TRAINER, device, place.host)
+        channel._greet(watch)
+        return channel
 
     @classmethod
     def join(cls, place: Place, device: torch.device) -> WeightChannel:
@@ -112,7 +118,9 @@ class WeightChannel:
         except (RuntimeError, OSError) as error:
             raise ChannelBroken(f"the server cannot reach the trainer at {place.host}:{place.port}: {error}") from error
         store.set(_JOINED, "")
-        return cls(store, place, _WORKER, device, own)
+        channel = cls(store, place, _WORKER, device, own)
+        channel._greet(channel.alive)
+        return channel
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], watch: Watch) -> None:
         """Send each tensor whole. An error among ``tensors`` breaks the push off at the other end too.
@@ -171,6 +179,12 @@ class WeightChannel:
             return
         self._group.abort()
 
+    def _greet(self, watch: Watch) -> None:
+        """Send one byte: NCCL connects only then, and cannot be watched while it does."""
+        with _broken():
+            under_way = self._group.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device), _TRAINER)
+        self._wait(under_way, watch)
+
     def _bucket(self) -> Tensor:
         return torch.empty(_BUCKET, dtype=torch.uint8, device=self._device)
 
@@ -214,7 +228,7 @@ def _group(store: dist.TCPStore, place: Place, rank: int, own_address: str) -> A
     options: Any
     if place.backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
+        options._timeout = 2 * timeout  # at which it would end the process
         return dist.ProcessGroupNCCL(store, rank, 2, options)
     gloo: Any = dist.ProcessGroupGloo  # the stubs name its options otherwise
     options = gloo._Options()
