@@ -215,7 +215,7 @@ class RemoteEngine(CheckedEngine):
         return scores
 
     def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
-        whole, failure = self._manifest.checked(tensors, complete), None
+        whole, failure = self._manifest.whole_layers(self._manifest.checked(tensors, complete)), None
         self._sharing.everyone(None)  # no rank samples any more
         try:
             if self._sharing.rank == 0:

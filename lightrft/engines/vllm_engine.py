@@ -204,8 +204,11 @@ class VLLMEngine(CheckedEngine):
         return list(answers.values())
 
     def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
-        self._in_worker(vllm_weights.load, self._manifest.checked(tensors, complete))
+        self._in_worker(vllm_weights.load, self._whole_layers(self._manifest.checked(tensors, complete)))
         self._forget()
+
+    def _whole_layers(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return self._manifest.whole_layers(tensors)
 
     def _forget(self) -> None:
         """Drop what old weights computed: of prompts, of images and audio."""

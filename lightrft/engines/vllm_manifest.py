@@ -22,16 +22,19 @@ class VLLMManifest(Manifest):
         super().__init__(model)
         self.together: Mapping[str, Sequence[str]] = {}
 
-    def checked(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[tuple[str, Tensor]]:
-        """Pass ``tensors`` on under every name that each has.
+    def whole_layers(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass ``tensors`` on under every name that each has, and refuse a part of what a layer holds as one.
 
-        vLLM would keep the old head of tied weights on the CPU, and fill the rest of a layer with anything.
+        vLLM would keep the old head of tied weights on the CPU, and fill the rest of the layer with anything.
+
+        Args:
+            tensors: as :meth:`checked` passes them on.
 
         Raises:
-            EngineError: as :class:`~lightrft.engines.manifest.Manifest`, and for a part of what a layer holds as one.
+            EngineError: after the last, for such a part; names it and what it lacks.
         """
         seen: set[str] = set()
-        for name, tensor in super().checked(tensors, complete):
+        for name, tensor in tensors:
             mark()
             seen.add(name)
             for one in self.tied(name):
