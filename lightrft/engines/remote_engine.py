@@ -37,7 +37,7 @@ _IMPOSSIBLE = -9999.0  # what they say instead of minus infinity, and some of th
 
 
 class RemoteEngine(CheckedEngine):
-    """A running vLLM server, spoken to over HTTP; weights go beside that, by NCCL from GPU to GPU and by gloo else.
+    """A running vLLM server, spoken to over HTTP; weights go beside that, by NCCL from GPU to GPU, else by gloo.
 
     All ranks of a run share the server: each has its own prompts answered, the first one sends the weights. Log-probs
     are of the distribution a token was drawn from. ``docs/engines.md`` has the command that starts the server.

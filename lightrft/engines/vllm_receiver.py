@@ -14,7 +14,7 @@ import torch
 
 from lightrft.engines import vllm_weights
 from lightrft.engines.base import EngineError
-from lightrft.engines.weight_channel import Place, WeightChannel
+from lightrft.engines.weight_channel import ChannelBroken, Place, WeightChannel
 
 # Of a model's config: what must be the actor's.
 SIZES = (
@@ -52,7 +52,6 @@ def describe(worker: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_model_len": model.max_model_len,
         "max_logprobs": model.max_logprobs,
-        "max_num_seqs": config.scheduler_config.max_num_seqs,
         "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
         "sleeps": bool(model.enable_sleep_mode) or not on_gpu,
         "workers": config.parallel_config.world_size_across_dp,
@@ -84,9 +83,13 @@ def receive(worker: Any, port: int) -> None:
     tensors = channel.receive(channel.alive)
     try:
         vllm_weights.load(worker, tensors)
-    finally:
-        for _ in tensors:  # what the trainer still sends, so that it need not be waited for
+    except ChannelBroken:
+        leave(worker)
+        raise
+    except Exception:
+        for _ in tensors:  # the trainer goes on sending
             pass
+        raise
     if worker.device.type == "cuda":
         torch.cuda.synchronize()
 

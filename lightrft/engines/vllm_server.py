@@ -69,7 +69,10 @@ class VLLMServer:
 
     def of_worker(self, said: Any) -> Any:
         """The answer in what ``/collective_rpc`` said."""
-        answer = said["results"][0]
+        try:
+            (answer,) = said["results"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise EngineError(f"{self.url} answers /collective_rpc, but not as vLLM does: {said!r:.200}") from error
         if "error" in answer:
             raise EngineError(f"vLLM at {self.url}: {answer['error']}")
         return answer["answer"]
@@ -163,7 +166,10 @@ class _Call:
         """The JSON of the answer; ``None`` where there is none."""
         with self._response() as response:
             text = response.read()
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise EngineError(f"{self._server.url} answers {self._path}, but not as vLLM does.") from error
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Of an answer that is streamed, the JSON of each event; of another one, the whole."""

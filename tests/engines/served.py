@@ -20,7 +20,7 @@ from ranks import free_port
 from .contract import World
 
 ROOT = Path(__file__).parents[2]
-ON_CPU = ["--no-enable-chunked-prefill"]
+ON_CPU = ("--no-enable-chunked-prefill",)
 
 
 def documented() -> tuple[dict[str, str], list[str]]:
@@ -60,6 +60,7 @@ class Server:
             if "Application startup complete" in line:
                 threading.Thread(target=lambda: [None for _ in self._output()], daemon=True).start()
                 return
+        self.kill()
         raise AssertionError("".join(log[-40:]))
 
     def _output(self) -> IO[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+import yaml
 
 from lightrft.engines import EngineError, RemoteEngine
 from lightrft.engines.vllm_receiver import SIZES
@@ -22,7 +24,7 @@ from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Sampling
 
 from .contract import EngineContract, ids_of, prompt, world
-from .served import ON_CPU, Server, served
+from .served import ON_CPU, ROOT, Server, served
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(max_new_tokens=6)
@@ -77,7 +79,7 @@ def on_one_of_two(url: str) -> dict[str, Any]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM is built for the GPU")
 class TestRemoteEngine(Served):
     tolerance = 3e-5
-    options = ON_CPU
+    options = (*ON_CPU, "--block-size", "32")  # so that prompts here fill blocks of the prefix cache
 
     def test_part_of_what_a_layer_holds_as_one_is_refused_and_named(self, engine):
         name = "model.layers.1.self_attn.q_proj.weight"
@@ -316,6 +318,18 @@ def test_the_api_key_comes_from_the_variable_that_is_named(monkeypatch):
         with pytest.raises(EngineError, match="401: Unauthorized") as caught:
             started(f"http://127.0.0.1:{server.server_address[1]}", api_key_variable="MY_KEY")
     assert seen == ["Bearer secret"] and "secret" not in str(caught.value)
+
+
+def test_something_else_that_listens_there_is_said():
+    with answering({"/collective_rpc": (200, ["hello"])}) as url, pytest.raises(EngineError, match="not as vLLM does"):
+        started(url)
+
+
+def test_the_docs_configuration_is_one():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/engines.md").read_text(), flags=re.DOTALL)
+    engine = yaml.safe_load(block)["trainer"]["callbacks"][0]["init_args"]["engine"]
+    assert engine["class_path"] == "lightrft.engines.RemoteEngine"
+    assert RemoteEngine(**engine["init_args"]).in_own_process
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host:1/?key=1"])
