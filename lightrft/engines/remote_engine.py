@@ -153,11 +153,12 @@ class RemoteEngine(CheckedEngine):
         stops: Sequence[str],
         stop_ids: frozenset[int],
     ) -> list[Answer]:
-        bodies = []
-        for prompt, own in zip(prompts, seeds):
-            for seed in own:
-                params = requests.drawing(sampling, seed, stop_ids) | {"temperature": sampling.temperature}
-                bodies.append(_body(prompt.token_ids, params, stream=True))
+        common = requests.drawing(sampling, stop_ids) | {"temperature": sampling.temperature}
+        bodies = [
+            _body(prompt.token_ids, common | {"seed": seed}, stream=True)
+            for prompt, own in zip(prompts, seeds)
+            for seed in own
+        ]
         answers = [Answer(stops, self._detokenizer) for _ in bodies]
         self._server.generate(bodies, [partial(_take, answer) for answer in answers])
         if any(answer.finish_reason not in ("stop", "length") for answer in answers):
@@ -186,7 +187,7 @@ class RemoteEngine(CheckedEngine):
                 f"{sampling.top_k}; start it with --max-logprobs {sampling.top_k}, or lower top_k."
             )
         cool = dataclasses.replace(sampling, temperature=1.0)
-        params = requests.drawing(cool, 0, frozenset()) | {"temperature": 1.0, "logprobs": sampling.top_k}
+        params = requests.drawing(cool, frozenset()) | {"temperature": 1.0, "logprobs": sampling.top_k}
         asked = [prompt for prompt, own in zip(prompts, seeds) if own]
         found: list[dict[int, float]] = [{} for _ in asked]
         self._server.generate(

@@ -164,10 +164,10 @@ class VLLMEngine(CheckedEngine):
         stops: Sequence[str],
         stop_ids: frozenset[int],
     ) -> list[list[Response]]:
-        asked, params = [], []
+        asked: list[dict[str, Any]] = []
         for prompt, own in zip(prompts, seeds):
             asked += [requests.request(prompt)] * len(own)
-            params += [requests.sampling_params(sampling, seed, stop_ids, bool(stops)) for seed in own]
+        params = requests.sampling_params(sampling, [seed for own in seeds for seed in own], stop_ids, bool(stops))
         answers = self._run(asked, params, stops)
         return requests.responses(prompts, sampling, seeds, answers, stops, self._detokenizer, self.weight_version)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,20 +17,18 @@ from lightrft.samples import Prompt, Response, Sampling
 TAGS: dict[WakePart, str] = {"weights": "weights", "cache": "kv_cache"}
 
 
-def drawing(sampling: Sampling, seed: int, stop_ids: frozenset[int]) -> dict[str, Any]:
-    """Arguments of vLLM's ``SamplingParams`` for one response, all but the temperature, which it limits to 2.
+def drawing(sampling: Sampling, stop_ids: frozenset[int]) -> dict[str, Any]:
+    """Arguments of vLLM's ``SamplingParams``, all but the seed, and the temperature, which it limits to 2.
 
     Args:
-        sampling: how it is drawn; stop strings are ours to find, ``fire`` is no single request's.
-        seed: of its own stream.
-        stop_ids: every id that ends it.
+        sampling: how responses are drawn; stop strings are ours to find, ``fire`` is no single request's.
+        stop_ids: every id that ends them.
     """
     return {
         "max_tokens": sampling.max_new_tokens,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
-        "seed": seed,
         "stop_token_ids": sorted(stop_ids),
         "ignore_eos": True,  # ends of sequence are among the ids
         "logprobs": 0,  # of the token that is drawn, and of no other
@@ -42,19 +41,23 @@ def drawing(sampling: Sampling, seed: int, stop_ids: frozenset[int]) -> dict[str
 SCORING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
-def sampling_params(sampling: Sampling, seed: int, stop_ids: frozenset[int], stream: bool) -> Any:
-    """vLLM's ``SamplingParams`` for one response.
+def sampling_params(sampling: Sampling, seeds: Sequence[int], stop_ids: frozenset[int], stream: bool) -> list[Any]:
+    """vLLM's ``SamplingParams`` for one response from each seed.
 
     Args:
-        sampling, seed, stop_ids: as for :func:`drawing`.
+        sampling, stop_ids: as for :func:`drawing`.
+        seeds: of their own streams.
         stream: whether tokens are wanted as they come, rather than all at the end.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-    params = SamplingParams(**drawing(sampling, seed, stop_ids), output_kind=kind, skip_clone=True)
-    params.temperature = sampling.temperature  # the constructor would refuse what is above 2, as FIRE's is
+    common = SamplingParams(**drawing(sampling, stop_ids), output_kind=kind, skip_clone=True)
+    common.temperature = sampling.temperature  # the constructor would refuse what is above 2, as FIRE's is
+    params = [copy.copy(common) for _ in seeds]
+    for one, seed in zip(params, seeds):
+        one.seed = seed
     return params
 
 
