@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import string
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before torch or transformers are imported, here or in a process that a test starts.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+WITHOUT_CUDA = Path(__file__).parent / "without_cuda"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_CUDA), os.environ.get("PYTHONPATH")]))
+runpy.run_path(str(WITHOUT_CUDA / "sitecustomize.py"))
 
 import pytest
 import torch

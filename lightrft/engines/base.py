@@ -55,7 +55,8 @@ class Engine:
 
         Args:
             config: ``PretrainedConfig`` of the actor.
-            tokenizer: ``PreTrainedTokenizerBase`` of the actor (end of sequence, padding, decoding).
+            tokenizer: ``PreTrainedTokenizerBase`` of the actor (end of sequence, padding, decoding), or the
+                ``ProcessorMixin`` around it where prompts have media.
             device: where this rank computes.
             group: the ``tensor_parallel_size`` ranks that hold the engine; ``None`` is this rank alone.
 
@@ -73,7 +74,8 @@ class Engine:
 
         Raises:
             EngineError: asleep, closed, or without weights.
-            ValueError: a prompt without tokens or too long for the model's context; names it.
+            ValueError: a prompt without tokens, too long for the model's context, or with media that cannot be used
+                (:class:`~lightrft.media.MediaError`); names it.
         """
         raise NotImplementedError
 

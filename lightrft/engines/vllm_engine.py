@@ -17,11 +17,13 @@ from lightrft.engines import vllm_requests as requests
 from lightrft.engines import vllm_weights
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
+from lightrft.engines.checkpoint_names import checkpoint_names
 from lightrft.engines.hot_start import with_hot_start
 from lightrft.engines.manifest import Manifest
 from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import Tail, before_stop
 from lightrft.engines.vllm_memory import forget_pools
+from lightrft.media import MediaError
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.random_state import random_state, set_random_state
 from lightrft.samples import Prompt, Response, Sampling
@@ -95,8 +97,9 @@ class VLLMEngine(CheckedEngine):
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft-vllm-")
         model = build(config, self._wanted_dtype, torch.device("meta"))
         self._manifest = Manifest(model)
+        self._names = checkpoint_names(model, self._manifest.named)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
-        _write_folder(Path(self._folder.name), model, tokenizer)
+        _write_folder(Path(self._folder.name), model, self._processor or tokenizer)
         try:
             self._llm = self._make(self._arguments(model))
         except Exception as error:
@@ -104,7 +107,8 @@ class VLLMEngine(CheckedEngine):
             raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
         self._together = self._in_worker(vllm_weights.kept_together, list(self._manifest.named))
-        self.in_float8 = self._in_worker(vllm_weights.in_float8, list(self._manifest.named))
+        in_float8 = self._in_worker(vllm_weights.in_float8, list(self._names.values()))
+        self.in_float8 = frozenset(name for name, own in self._names.items() if own in in_float8)
 
     def _make(self, arguments: dict[str, Any]) -> Any:
         """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""
@@ -163,8 +167,10 @@ class VLLMEngine(CheckedEngine):
         stop_ids: frozenset[int],
     ) -> list[list[Response]]:
         asked, params = [], []
-        for prompt, own in zip(prompts, seeds):
-            asked += [requests.request(prompt)] * len(own)
+        with _undisturbed():
+            rendered = [self._rendered(prompt, sampling) for prompt in prompts]
+        for one, own in zip(rendered, seeds):
+            asked += [one] * len(own)
             params += [requests.sampling_params(sampling, seed, stop_ids, bool(stops)) for seed in own]
         outputs = self._run(asked, params, stops)
         texts = self._detokenizer.decode_all([output.tokens for output in outputs])
@@ -197,20 +203,43 @@ class VLLMEngine(CheckedEngine):
         scored = [index for index, sequence in enumerate(sequences) if len(sequence) > 1]
         for index in scored:
             self._check_ids(sequences[index], f"sequence {index}", 1)  # vLLM scores while it draws one more
-        asked = [{"prompt_token_ids": sequences[index].tolist()} for index in scored]
+        with _undisturbed():
+            asked = [self._render(requests.request(sequences[index])) for index in scored]
         outputs = self._run(asked, [requests.scoring_params()] * len(asked), ())
         found = {index: output.prompt_log_probs for index, output in zip(scored, outputs)}
         return [found.get(index, torch.zeros(0)) for index in range(len(sequences))]
 
+    def _rendered(self, prompt: Prompt, sampling: Sampling) -> Any:
+        """A prompt as vLLM computes it: its media decoded and processed, once for all of its responses.
+
+        Raises:
+            MediaError: media that cannot be read, or that vLLM refuses; names the prompt.
+            ValueError: longer than the model's context, once placeholders are expanded; names it.
+        """
+        if self._media is None or not prompt.media:
+            return self._render(requests.request(prompt.token_ids))
+        asked = requests.request(prompt.token_ids, self._media.decoded(prompt))
+        try:
+            rendered = self._render(asked)
+        except Exception as error:  # processors raise what they like
+            raise MediaError(f"Prompt {prompt.uid!r}: vLLM refuses its media: {error}") from error
+        self._check_length(len(rendered["prompt_token_ids"]), f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
+        return rendered
+
+    def _render(self, asked: dict[str, Any]) -> Any:
+        return self._llm.llm_engine.renderer.render_cmpl([asked])[0]
+
     def _run(self, asked: Sequence[Any], params: Sequence[Any], stops: Sequence[str]) -> list[_Output]:
-        """Let vLLM work until every request has ended; answers in their order."""
+        """Let vLLM work until every rendered request has ended; answers in their order."""
         if not asked:
             return []
         engine = self._llm.llm_engine
         with _undisturbed():
-            names = self._llm.enqueue(list(asked), list(params), use_tqdm=False)
-            outputs = {_external(name): _Output(stops, self._detokenizer) for name in names}
+            outputs: dict[str, _Output] = {}
             try:
+                for one, its_params in zip(asked, params):
+                    name = engine.add_request(str(next(self._llm.request_counter)), one, its_params)
+                    outputs[_external(name)] = _Output(stops, self._detokenizer)
                 while engine.has_unfinished_requests():
                     mark()
                     for step in engine.step():
@@ -239,7 +268,7 @@ class VLLMEngine(CheckedEngine):
             mark()
             seen.add(name)
             for one in self._manifest.tied(name):
-                yield one, tensor
+                yield self._names[one], tensor
         for name in seen:
             lacking = [other for other in self._together.get(name, []) if other not in seen]
             if lacking:
@@ -255,7 +284,9 @@ class VLLMEngine(CheckedEngine):
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         groups = {name: [name, *self._manifest.tied(name)] for name in names}
-        found = self._in_worker(vllm_weights.fingerprints, sorted({one for group in groups.values() for one in group}))
+        asked = sorted({one for group in groups.values() for one in group})
+        prints = self._in_worker(vllm_weights.fingerprints, [self._names[one] for one in asked])
+        found = {one: prints[self._names[one]] for one in asked}
         # Of tied weights the one that differs, if vLLM holds them apart.
         return {
             name: next((found[one] for one in group if found[one] != found[name]), found[name])
