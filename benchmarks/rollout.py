@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from lightrft.engines import VLLMEngine
 from lightrft.engines.seeds import response_seed
-from lightrft.ops.fingerprint import fingerprint, joined
+from lightrft.ops.fingerprint import Fingerprints
 from lightrft.samples import Prompt, Sampling
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -228,9 +228,13 @@ def sync(arguments: argparse.Namespace, **settings: Any) -> None:
     def unequal() -> tuple[int, float]:
         bench.wait()
         start = time.perf_counter()
-        expected = {name: joined(map(fingerprint, engine.stored(name, one))) for name, one in weights.items()}
-        found = engine.fingerprint(list(weights))
-        return sum(expected[name] != found[name] for name in weights), time.perf_counter() - start
+        prints = Fingerprints()
+        for name, weight in weights.items():
+            for stored, tensor in engine.stored(name, weight).items():
+                prints.add(stored, tensor)
+        expected = prints.read()
+        found = engine.fingerprint(list(expected))
+        return sum(expected[name] != found[name] for name in expected), time.perf_counter() - start
 
     after_push, seconds = unequal()
     report(

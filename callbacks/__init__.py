@@ -9,6 +9,7 @@ from lightrft.callbacks.checkpoint import RFTCheckpoint
 from lightrft.callbacks.engine_sleep_wake import EngineSleepWake
 from lightrft.callbacks.huggingface_export import HuggingFaceExport
 from lightrft.callbacks.kl_controller import KLController
+from lightrft.callbacks.offload_during_rollout import OffloadDuringRollout
 from lightrft.callbacks.partial_rollout import PartialRollout
 from lightrft.callbacks.progress_bar import ProgressBar
 from lightrft.callbacks.rollout import Rollout
@@ -23,6 +24,7 @@ __all__ = [
     "EngineSleepWake",
     "HuggingFaceExport",
     "KLController",
+    "OffloadDuringRollout",
     "PartialRollout",
     "ProgressBar",
     "RFTCheckpoint",

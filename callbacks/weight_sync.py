@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightrft.callback import RFTCallback
-from lightrft.engines import EngineError
-from lightrft.ops import Fingerprint, fingerprint, pack
+from lightrft.engines import Engine, EngineError
+from lightrft.ops import Fingerprint, Fingerprints, pack
+from lightrft.samples import Prompt, Sampling
 from lightrft.whereabouts import mark
 
-_PROBE_SEQUENCES, _PROBE_TOKENS = 2, 16
+# Longer than two of the blocks in which engines cache prefixes (16 tokens); each is continued a little.
+_PROBE_PROMPTS, _PROBE_TOKENS, _PROBE_NEW_TOKENS = 4, 33, 4
+PROBE = (_PROBE_PROMPTS, _PROBE_TOKENS + _PROBE_NEW_TOKENS, _PROBE_TOKENS + _PROBE_NEW_TOKENS - 1)
+"""What the trainer computes for a probe: sequences, tokens and predictions of each."""
 # Nats: twice what an engine with 8-bit weights differs by; beyond it nothing is right, whatever the first sync says.
 _LARGEST_MISMATCH = 0.5
 
@@ -27,20 +31,39 @@ class WeightSync(RFTCallback):
     """Pushes the policy's weights into the engine whenever they are newer, and probes that they arrived.
 
     The probe has two parts. The fingerprint of every pushed tensor is computed again inside the engine: one skipped or
-    half-done update is seen, however small the step. Log-probs of a few fixed tokens are compared with the trainer's:
-    a wrong name, a stale cache or other arithmetic is seen; their tolerance is calibrated at the first sync. Both run
-    each time that the engine wakes, pushed to or not: what it held may have been lost while it slept.
+    half-done update is seen, however small the step. Log-probs of a few fixed tokens, scored, and of some sampled after
+    them are compared with the trainer's: a wrong name, a stale cache or other arithmetic is seen, once it makes more
+    than the tolerance, which is calibrated at the first sync. Both run each time that the engine wakes, pushed to or
+    not: what it held may have been lost while it slept.
+
+    Frozen weights travel once, and again where the engine has lost them. They are probed all the same.
+
+    Args:
+        lora: what an engine gets of a model with LoRA. ``merged`` is weights with the adapter added. ``adapter`` is the
+            base once and then the adapter alone, which the engine, if it can, applies beside it: far fewer bytes, and
+            the sum is not rounded to the engine's dtype.
 
     Attributes:
         probe: ``False``, in a subclass or on an object, switches both parts off.
+
+    Raises:
+        ValueError: another ``lora``; or ``adapter`` and a model without (when the run starts).
     """
 
     probe: bool = True
 
-    def __init__(self) -> None:
+    def __init__(self, lora: Literal["merged", "adapter"] = "merged") -> None:
+        if lora not in ("merged", "adapter"):
+            raise ValueError(f"lora is {lora!r}; it must be merged or adapter.")
+        self.lora = lora
         self.calibrated: float | None = None
         self._version = -1
+        self._frozen: frozenset[str] = frozenset()
         self._pushed: dict[str, Fingerprint] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.lora == "adapter" and pl_module.actor.lora is None:
+            raise ValueError("WeightSync has lora=adapter, but model.actor.lora is not set; remove it, or set LoRA.")
 
     @property
     def tolerance(self) -> float:
@@ -57,16 +80,35 @@ class WeightSync(RFTCallback):
         start = time.perf_counter()
         # Both words: an engine may call weights current that this callback never pushed.
         stale = engine.weight_version != version or self._version != version
+        lost = engine.weight_version < 0 or self._version < 0
         # Together, as the weights may be gathered from all ranks: those of every rank if one engine wants them.
-        if trainer.learner.sharding.over_ranks(torch.tensor(float(stale)), "max"):
-            self._pushed, self._version = {}, version
-            weights = self._recorded(trainer, pl_module)
-            engine.update_weights(weights, version)
-            for _ in weights:  # and to the last, whatever this rank's engine takes of them
-                pass
+        flags = torch.tensor([float(stale), float(lost)])
+        stale, lost = map(bool, trainer.learner.sharding.over_ranks(flags, "max").tolist())
+        if stale:
+            self._push(engine, pl_module.actor, version, everything=lost)
         if self.probe:
-            _compare_fingerprints(self._pushed, engine.fingerprint(list(self._pushed)), version)
+            names = pl_module.actor.tied_parameters()
+            expected = self._pushed | {name: self._pushed[given] for name, given in names.items()}
+            _compare_fingerprints(expected, engine.fingerprint(list(expected)), version)
         trainer.log("time/weight_sync_seconds", time.perf_counter() - start)
+
+    def _push(self, engine: Any, actor: Any, version: int, everything: bool) -> None:
+        self._version = -1  # until all is there
+        merged = self.lora == "merged"
+        frozen = actor.frozen_parameters(merged)
+        # What was trained until now and is frozen from now on is new once more.
+        skip = frozenset() if everything else frozen & self._frozen
+        prints = Fingerprints()
+        if merged or everything:
+            weights = self._recorded(engine, actor.export_parameters(skip, engine.dtype, merged), prints)
+            engine.update_weights(weights, version)
+            _exhaust(weights)
+        if not merged:
+            matrices = self._recorded(engine, actor.export_adapter(engine.dtype), prints)
+            engine.update_adapter(actor.lora.scaling, matrices, version)
+            _exhaust(matrices)
+        self._pushed = ({} if everything else self._pushed) | prints.read()
+        self._version, self._frozen = version, frozen
 
     def on_engine_ready(self, trainer: Any, pl_module: Any) -> None:
         """The engine can compute with what was pushed: compare its log-probs.
@@ -77,36 +119,42 @@ class WeightSync(RFTCallback):
         if self.probe:
             trainer.log("weight_sync/mismatch_nats", self._compare_log_probs(trainer, trainer.rollout.engine))
 
-    def _recorded(self, trainer: Any, pl_module: Any) -> Iterator[tuple[str, Tensor]]:
-        """The weights in the engine's dtype; what is handed over is what is remembered."""
-        dtype = trainer.rollout.engine.dtype
-        for name, tensor in pl_module.export_parameters():
+    def _recorded(
+        self, engine: Engine, tensors: Iterator[tuple[str, Tensor]], prints: Fingerprints
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What is handed over is what is remembered; one tensor is held at a time."""
+        for name, tensor in tensors:
             mark()
-            tensor = tensor.detach().to(dtype or tensor.dtype)
             if self.probe:
-                self._pushed[name] = fingerprint(tensor)
+                _record(prints, engine.stored(name, tensor))
             yield name, tensor
+            del tensor  # before the next one is made
 
     @torch.no_grad()
     def _compare_log_probs(self, trainer: Any, engine: Any) -> float:
-        """Mean absolute difference of the probe tokens' log-probs, in nats."""
-        sequences = _probe_sequences(len(trainer.model.tokenizer))
-        ones = torch.ones(len(sequences), dtype=torch.int64)
-        mask = torch.ones(len(sequences), _PROBE_TOKENS - 1, dtype=torch.bool)
-        packed = pack(sequences, ones, mask).to(trainer.fabric.device)
-        actor = trainer.learner.actor.eval()
-        ours, _ = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
-        theirs = torch.cat(engine.score(sequences)).to(ours)
-        mismatch = float((ours - theirs).abs().mean())
+        """Mean absolute difference of the probe tokens' log-probs, in nats: scored or sampled, whichever is larger."""
+        prompts = _probe_prompts(trainer.model)
+        length = len(prompts[0].token_ids)
+        sampling, seeds = Sampling(max_new_tokens=_PROBE_NEW_TOKENS), [[0] for _ in prompts]
+        drawn = [response for (response,) in engine.generate(prompts, sampling, seeds)]
+        scored = engine.score([prompt.token_ids for prompt in prompts])
+        ours = _log_probs(trainer, [torch.cat([p.token_ids, one.token_ids]) for p, one in zip(prompts, drawn)])
+        of_prompts = torch.cat([row[: length - 1] for row in ours]) - torch.cat(scored)
+        of_drawn = torch.cat([row[length - 1 :] for row in ours]) - torch.cat([one.log_probs for one in drawn])
+        return self._accepted({"scored": float(of_prompts.abs().mean()), "sampled": float(of_drawn.abs().mean())})
+
+    def _accepted(self, mismatches: dict[str, float]) -> float:
+        """The larger one."""
         if self.calibrated is None:
-            self.calibrated = mismatch
-        if not mismatch <= self.tolerance:
-            raise StaleWeightsError(
-                f"After a weight sync the engine's log-probs of {_PROBE_SEQUENCES * (_PROBE_TOKENS - 1)} probe tokens "
-                f"differ from the trainer's by {mismatch:.4g} nats on average (tolerance {self.tolerance:.4g}); the "
-                "weights are in place, so a name, a cache or the engine's arithmetic is wrong."
-            )
-        return mismatch
+            self.calibrated = max(mismatches.values())
+        for what, mismatch in mismatches.items():
+            if not mismatch <= self.tolerance:
+                raise StaleWeightsError(
+                    f"After a weight sync the engine's log-probs of {what} probe tokens differ from the trainer's by "
+                    f"{mismatch:.4g} nats on average (tolerance {self.tolerance:.4g}); the weights are in place, so a "
+                    "name, a cache or the engine's arithmetic is wrong."
+                )
+        return max(mismatches.values())
 
     def state_dict(self) -> dict[str, Any]:
         return {"calibrated": self.calibrated}
@@ -115,10 +163,34 @@ class WeightSync(RFTCallback):
         self.calibrated = state_dict["calibrated"]
 
 
-def _probe_sequences(vocabulary: int) -> list[Tensor]:
-    """The same pseudo-random tokens at every sync."""
+def _record(prints: Fingerprints, stored: dict[str, Tensor]) -> None:
+    for name, tensor in stored.items():
+        prints.add(name, tensor)
+
+
+def _exhaust(tensors: Iterator[Any]) -> None:
+    """To the last, whatever this rank's engine takes of them: other ranks gather with it."""
+    for _ in tensors:
+        pass
+
+
+def _log_probs(trainer: Any, sequences: list[Tensor]) -> list[Tensor]:
+    """The trainer's, of all tokens but each sequence's first."""
+    ones = torch.ones(len(sequences), dtype=torch.int64)
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    packed = pack(sequences, ones, mask).to(trainer.fabric.device)
+    actor = trainer.learner.actor.eval()
+    found, _ = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+    return list(found.cpu().split(lengths))
+
+
+def _probe_prompts(model: Any) -> list[Prompt]:
+    """The same pseudo-random tokens at every sync: a cache of them that outlived its weights is hit."""
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randint(vocabulary, (_PROBE_SEQUENCES, _PROBE_TOKENS), generator=generator))
+    shape = (_PROBE_PROMPTS, min(_PROBE_TOKENS, model.context_tokens - _PROBE_NEW_TOKENS))
+    ids = torch.randint(len(model.tokenizer), shape, generator=generator)
+    return [Prompt(f"probe/{number}", token_ids, text="") for number, token_ids in enumerate(ids)]
 
 
 def _compare_fingerprints(pushed: dict[str, Fingerprint], held: dict[str, Fingerprint], version: int) -> None:

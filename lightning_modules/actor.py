@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -98,9 +98,29 @@ class ActorModule(LanguageBackbone):
         twin = copy.deepcopy(self).requires_grad_(False)
         return twin.eval()
 
-    def export_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Names of the plain ``transformers`` model and its weights, adapters merged; tied weights once."""
-        return pretrained.merged_weights(self.transformer)
+    def export_parameters(
+        self, skip: Container[str] = (), dtype: torch.dtype | None = None, merged: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names of the plain ``transformers`` model and its weights, one at a time; tied weights once. Collective.
+
+        Args:
+            skip: names of weights that are not wanted; every rank skips the same.
+            dtype: of floating ones; ``None`` is the trainer's.
+            merged: adapters are added; ``False`` gives the base they adapt.
+        """
+        return pretrained.exported_weights(self.transformer, skip, dtype, merged)
+
+    def export_adapter(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """LoRA's matrices, as :meth:`lightrft.engines.Engine.update_adapter` takes them. Collective."""
+        return pretrained.exported_adapter(self.transformer, dtype)
+
+    def frozen_parameters(self, merged: bool = True) -> frozenset[str]:
+        """Names of exported weights that training leaves as they are; some that it does may be missing."""
+        return pretrained.frozen_weights(self.transformer, merged)
+
+    def tied_parameters(self) -> dict[str, str]:
+        """Further names of exported weights (the head's, tied to the embedding): each with the exported one."""
+        return pretrained.tied_weights(self.transformer)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights (adapters merged), configuration, tokenizer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,11 @@ class LoRA:
     rank: int = 16
     alpha: float = 32.0
     target_modules: str | list[str] = "all-linear"
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the product of the two matrices."""
+        return self.alpha / self.rank
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -181,28 +186,88 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Weights under the names the plain ``transformers`` model gives them, adapters added; tied ones come once.
+def exported_weights(
+    model: PreTrainedModel, skip: Container[str] = (), dtype: torch.dtype | None = None, merged: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names the plain ``transformers`` model gives them; tied ones come once.
 
-    Whole ones, of sharded parameters too: every rank must take all of them, one after another. Parameters, then the
-    buffers that a checkpoint holds (routing biases, say). The base weights are not touched; merging in place and back
-    would round them.
+    Whole ones, of sharded parameters too: every rank must take all of them, one after another, and only the one that
+    was taken last is held. Parameters, then the buffers that a checkpoint holds (routing biases, say).
+
+    Args:
+        model: with or without adapters.
+        skip: names of those that are not wanted; they are not gathered either.
+        dtype: of floating ones; ``None`` is their own.
+        merged: adapters are added. The base weights are not touched; merging in place and back would round them.
     """
-    adapted = {
-        f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
-    }
+    layers: dict[str, Any] = {f"{name}.base_layer.weight": layer for name, layer in _adapted(model) if merged}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        layer: Any = adapted.get(name)
-        with gathered([parameter] if layer is None else list(layer.parameters())):
-            value = whole(parameter)
-            if layer is not None:
-                delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-                value = value + whole(delta).to(value.dtype)
-        yield name.replace(".base_layer.", "."), value
+        plain = _plain(name)
+        if ".lora_" not in name and plain not in skip:
+            yield plain, _exported(parameter, layers.get(name), dtype)
     kept = model.state_dict().keys()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    for name, buffer in model.named_buffers():
+        if name in kept and name not in skip:
+            yield name, whole(buffer, dtype)
+
+
+@torch.no_grad()
+def _exported(parameter: Tensor, layer: Any, dtype: torch.dtype | None) -> Tensor:
+    if layer is None:
+        with gathered([parameter]):
+            return whole(parameter, dtype)
+    with gathered(layer.parameters()):
+        delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        return whole(parameter + delta.to(parameter.dtype), dtype)
+
+
+def exported_adapter(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of LoRA as an engine takes them, whole. Collective."""
+    for name, layer in _adapted(model):
+        (adapter,) = layer.active_adapters
+        for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            yield f"{name}.{part}.weight", _exported(matrices[adapter].weight, None, dtype)
+
+
+def frozen_weights(model: PreTrainedModel, merged: bool = True) -> frozenset[str]:
+    """Names, among those of :func:`exported_weights`, of parameters that training leaves as they are.
+
+    Of linear layers only where their siblings' are too: engines fuse these (queries, keys and values; gate and up), and
+    one of them alone may change nothing there. Buffers are not among them: a forward may write them.
+    """
+    adapted = {f"{name}.weight" for name, _ in _adapted(model) if merged}
+    groups: dict[str, str] = {}
+    trained: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            plain, owner = _plain(name), model.get_submodule(name.rpartition(".")[0])
+            groups[plain] = _siblings(plain) if isinstance(owner, nn.Linear) else plain
+            if parameter.requires_grad or plain in adapted:
+                trained.add(groups[plain])
+    return frozenset(name for name, group in groups.items() if group not in trained)
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Further names of weights that :func:`exported_weights` gives once: each with the name it is given by."""
+    first: dict[Tensor, str] = {}
+    names = [(name, first.setdefault(p, name)) for name, p in model.named_parameters(remove_duplicate=False)]
+    return {_plain(name): _plain(given) for name, given in names if name != given}
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+    """Layers with LoRA, by name."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _siblings(name: str) -> str:
+    """What a weight shares with those that an engine may fuse it with: its module's parent, numbered ones (experts)
+    being one."""
+    parent = ".".join(name.split(".")[:-2])
+    return re.sub(r"\.\d+$", "", parent)
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -211,7 +276,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     On all ranks together, as each may hold but a part of the weights; the first one keeps them and writes.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    weights = {name: tensor.cpu() for name, tensor in merged_weights(model) if first}
+    weights = {name: tensor.cpu() for name, tensor in exported_weights(model) if first}
     if not first:
         return
     # A fresh skeleton: the model in training may hold adapters and our attention's name.

@@ -15,7 +15,7 @@ from lightrft.module import RFTModule
 from lightrft.ops import pack
 from lightrft.samples import Batch
 from lightrft.strategies import Layout, Roles
-from lightrft.trained import Trained
+from lightrft.trained import Frozen, Trained
 from lightrft.whereabouts import mark
 from lightrft.workload import Workload
 
@@ -36,6 +36,7 @@ class Learner:
     Attributes:
         policy: the actor in training.
         critic: the critic in training; ``None`` where the algorithm has none.
+        reference: the frozen reference; ``None`` where the algorithm has none, or LoRA's base is it.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Learner:
         self.policy = Trained(roles["actor"], module.actor, gradient_clip_val)
         critic, reference = module.critic, module.reference
         self.critic = Trained(roles["critic"], critic, gradient_clip_val) if critic is not None else None
-        self.reference = roles["reference"].setup_frozen(reference) if reference is not None else None
+        self.reference = Frozen(roles["reference"], reference) if reference is not None else None
 
     @property
     def actor(self) -> Any:

@@ -1,4 +1,4 @@
-"""A model in training: the module as a strategy placed it, its optimizer and its schedule."""
+"""Models as a strategy placed them: one in training, with its optimizer and its schedule, and a frozen one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightrft.strategies import Sharding
+from lightrft.strategies import Movable, Sharding
 from lightrft.strategies.state import State
 
 
@@ -26,6 +26,7 @@ class Trained:
         origin: the module as it was given.
         module: what to call.
         settings: optimizer and schedule as configured, which a checkpoint's state would replace unseen.
+        weights, optimizer_state: what can lie in host memory for a time; each comes back where it is used.
     """
 
     def __init__(self, sharding: Sharding, module: LightningModule, gradient_clip_val: float | None) -> None:
@@ -33,6 +34,10 @@ class Trained:
         optimizer, self.scheduler = optimizer_and_scheduler(module.configure_optimizers())
         self.settings = _settings(optimizer, self.scheduler)
         self.module, self.optimizer = sharding.setup(module, optimizer)
+        device = sharding.fabric.device
+        self.weights = Movable(lambda: sharding.held_weights(module), device)
+        self.optimizer_state = Movable(lambda: sharding.held_optimizer_state(self.module, self.optimizer), device)
+        self.module.register_forward_pre_hook(lambda *_: self.weights.here())
 
     def step(self) -> dict[str, float]:
         """One optimizer step with the gradients that were accumulated, skipped where their norm is not finite.
@@ -40,6 +45,7 @@ class Trained:
         Returns:
             ``gradient_norm`` before clipping, ``skipped_updates`` (0 or 1) and the ``learning_rate`` of the step.
         """
+        self.optimizer_state.here()
         norm = self.sharding.step(self.module, self.optimizer, self.gradient_clip_val)
         skipped = not math.isfinite(norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -49,6 +55,7 @@ class Trained:
 
     def snapshot(self) -> State:
         """This rank's part of weights and optimizer state, in host memory. Collective."""
+        self._all_here()
         return self.sharding.snapshot(self.module, self.optimizer)
 
     @property
@@ -62,7 +69,32 @@ class Trained:
         Raises:
             ValueError: the weights or the optimizer's parameters are others.
         """
+        self._all_here()
         self.sharding.load(folder, self.module, None if weights_only else self.optimizer)
+
+    def _all_here(self) -> None:
+        self.weights.here()
+        self.optimizer_state.here()
+
+
+class Frozen:
+    """A model that is only evaluated.
+
+    Args:
+        sharding: places it.
+        module: configured.
+
+    Attributes:
+        weights: can lie in host memory for a time; they come back when the model is called.
+    """
+
+    def __init__(self, sharding: Sharding, module: LightningModule) -> None:
+        self._evaluate = sharding.setup_frozen(module)
+        self.weights = Movable(lambda: sharding.held_weights(module), sharding.fabric.device, constant=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.weights.here()
+        return self._evaluate(*args, **kwargs)
 
 
 def optimizer_and_scheduler(configured: Any) -> tuple[Optimizer, Any]:

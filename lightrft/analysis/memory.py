@@ -6,7 +6,7 @@ largest moment. Nothing here asks for a device, a process group or a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,8 +15,8 @@ from lightrft.strategies.placement import Placement
 GIB = 2**30
 # Of matrix products on Hopper, from torch's allocator (CUDAContextLight: 32 MiB).
 _LIBRARY_WORKSPACE = 32 * 2**20
-# A fingerprint holds five int64 for each element, of 4 Mi elements at a time.
-_FINGERPRINT_BYTES, _FINGERPRINT_ELEMENTS = 40, 2**22
+# A fingerprint holds an int64 for each element, of 16 Mi elements at a time.
+_FINGERPRINT_BYTES, _FINGERPRINT_ELEMENTS = 8, 2**24
 
 Terms = dict[str, int]
 
@@ -33,6 +33,7 @@ class Role:
         state_bytes, step_bytes: for each trained parameter, of the optimizer's state and of a step's own tensors.
         placement: how it lies over ranks.
         evaluating: terms of a forward without gradients.
+        probing: those of the one that a weight sync compares the engine with.
         training: terms of a forward and backward beyond gradients that are there already; where they include
             ``gradients``, there are none before.
     """
@@ -47,6 +48,7 @@ class Role:
     state_bytes: float = 0.0
     step_bytes: float = 0.0
     evaluating: Terms = field(default_factory=dict)
+    probing: Terms = field(default_factory=dict)
     training: Terms = field(default_factory=dict)
 
     @property
@@ -80,6 +82,10 @@ class Role:
     def evaluation(self) -> Terms:
         """Beyond what rests."""
         return self._named(self.evaluating) | self._gathered()
+
+    def probe(self) -> Terms:
+        """As :meth:`evaluation`, after a weight sync."""
+        return self._named(self.probing) | (self._gathered() if self.probing else {})
 
     def update(self) -> Terms:
         """Beyond what rests, at the larger of two moments: in the last micro-batch, or in the optimizer's step."""
@@ -199,7 +205,9 @@ class Phase:
         return max(self.device, key=lambda name: self.device[name])
 
 
-def phases(roles: Sequence[Role], sampler: Sampler, checkpoints: bool, refills: bool) -> dict[str, Phase]:
+def phases(
+    roles: Sequence[Role], sampler: Sampler, checkpoints: bool, refills: bool, away: Container[str] = ()
+) -> dict[str, Phase]:
     """Every phase at its largest moment, under the names that ``Throughput`` logs its peaks by.
 
     Args:
@@ -207,16 +215,18 @@ def phases(roles: Sequence[Role], sampler: Sampler, checkpoints: bool, refills: 
         sampler: the engine.
         checkpoints: the run copies its state to host memory, to write it while it goes on.
         refills: prompts are sampled in the phase ``score`` too.
+        away: terms of what rests that lie in host memory while the engine samples, where their room is kept.
     """
     rest, host = _joined(role.resting()[0] for role in roles), _joined(role.resting()[1] for role in roles)
     rest["library workspaces"] = _LIBRARY_WORKSPACE
     awake = {"engine weights": sampler.weights}
     if sampler.asleep == 1:
         host |= awake
+    host |= {name: size for name, size in rest.items() if name in away}
     others = rest if sampler.asleep else rest | awake
-    probe = {name: size for role in roles[:1] for name, size in role.evaluation().items() if name.endswith("copies")}
-    syncing: list[Terms] = [{"weights being pushed": sampler.pushing}, probe]
-    rollout = rest | awake | largest_of([*syncing, *sampler.generating])
+    syncing = [{"weights being pushed": sampler.pushing}, *(role.probe() for role in roles)]
+    staying = {name: size for name, size in rest.items() if name not in away}
+    rollout = staying | awake | largest_of([*syncing, *sampler.generating])
     trained = [role for role in roles if role.trained]
     staged = sum(size for role in trained for part in role.resting() for size in part.values())
     found = {

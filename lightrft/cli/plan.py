@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from lightrft.analysis.memory import GIB, Decoder, Role, Sampler, generating, phases, pushing
-from lightrft.callbacks import EngineSleepWake
+from lightrft.callbacks import EngineSleepWake, OffloadDuringRollout, WeightSync
+from lightrft.callbacks.weight_sync import PROBE
 from lightrft.cli.fit import RFTCLI
 from lightrft.data import PromptData
 from lightrft.lightning_modules.backbone import LanguageBackbone
@@ -158,6 +159,7 @@ class Plan:
             self._sampler(),
             checkpoints=getattr(trainer.checkpoint_callback, "asynchronous", False),
             refills=bool(module.algorithm.refill_rounds),
+            away=self._away(),
         )
 
     @property
@@ -183,6 +185,8 @@ class Plan:
         at_rest = self._dtype_at_rest
         footprint = self._footprint(name, model, placement)
         role: dict[str, Any] = {"evaluating": footprint.evaluate(self.sizes.evaluated, frozen)}
+        if name == "actor" and any(isinstance(one, WeightSync) and one.probe for one in self.trainer.callbacks):
+            role["probing"] = footprint.evaluate(MicroBatch(*PROBE))
         if not frozen:
             # One micro-batch begins without gradients; a later one has them all beside it.
             alone = self.sizes.micro_batches == 1 and placement.gradient_shards == 1
@@ -210,6 +214,14 @@ class Plan:
     @property
     def _dtype_at_rest(self) -> torch.dtype:
         return torch.float32 if "mixed" in self.trainer.precision else self.trainer.compute_dtype
+
+    def _away(self) -> set[str]:
+        """Terms of what :class:`OffloadDuringRollout` moves."""
+        callbacks = [one for one in self.trainer.callbacks if isinstance(one, OffloadDuringRollout)]
+        parts = {part for callback in callbacks for part in callback.parts}
+        weights = {f"{part} weights" for part in parts - {"optimizer"}}
+        states = {f"{role} {what}" for role in ("actor", "critic") for what in ("optimizer", "master weights")}
+        return weights | (states if "optimizer" in parts else set())
 
     def _sampler(self) -> Sampler:
         engine: Any = getattr(self.trainer.rollout, "engine", None)

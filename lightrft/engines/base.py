@@ -34,7 +34,8 @@ class Engine:
 
     Attributes:
         tensor_parallel_size: ranks that hold the engine together.
-        in_float8: weights that it keeps in 8 bits (:mod:`lightrft.engines.float8`); known once it is started.
+        in_float8: weights that it keeps in 8 bits (:mod:`lightrft.engines.float8`), each with the scales of its rows as
+            ``<name>_scale``; known once it is started.
         weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
         in_own_process: whether it computes in another process, so that one thread may wait in :meth:`generate` while
             others compute here.
@@ -89,18 +90,47 @@ class Engine:
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take new weights, names as in the actor's ``transformers`` model, each whole. Caches of old ones are dropped.
 
+        They come one at a time and should be taken so. The first push brings all, and so does one to an engine whose
+        weights are unusable; later ones may leave out weights that did not change, siblings that an engine fuses
+        (queries, keys and values) all together. Tied weights come once. An adapter is taken off.
+
         Raises:
             EngineError: an unknown name, a wrong shape; names it. The weights are then unusable until a full push.
         """
         raise NotImplementedError
 
+    def update_adapter(self, scaling: float, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Compute with the weights as pushed plus a low-rank adapter: ``W + scaling * B @ A`` (arXiv 2106.09685).
+
+        Takes the place of an earlier adapter. Caches are dropped. Engines without adapters leave this as it is.
+
+        Args:
+            scaling: LoRA's ``alpha / rank``.
+            tensors: ``<layer>.lora_A.weight`` ``[rank, inputs]`` and ``<layer>.lora_B.weight`` ``[outputs, rank]`` of
+                each layer that is adapted, layers named as in the actor's ``transformers`` model, in any order.
+            version: of the weights with the adapter.
+
+        Raises:
+            EngineError: a layer that is unknown or cannot be adapted, a matrix that is missing or of a wrong shape;
+                names it.
+        """
+        raise EngineError(f"{type(self).__name__} takes no adapters; set WeightSync's lora to merged.")
+
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        """Fingerprints, computed inside the engine, of the weights it computes with; of whole tensors."""
+        """Fingerprints, computed inside the engine, of the weights it computes with; of whole tensors.
+
+        Args:
+            names: of weights and of an adapter's matrices, as they were pushed. Of tied weights any of their names:
+                each gives what the engine computes with there.
+        """
         raise NotImplementedError
 
-    def stored(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
-        """As what it keeps ``tensor``, in its dtype, once that was pushed: the parts of the fingerprint."""
-        return per_row(tensor) if name in self.in_float8 else (tensor,)
+    def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What the engine keeps of ``tensor``, which is in its dtype, by the names of :meth:`fingerprint`."""
+        if name not in self.in_float8:
+            return {name: tensor}
+        weight, scale = per_row(tensor)
+        return {name: weight, f"{name}_scale": scale}
 
     def sleep(self, level: int = 1) -> None:
         """Free device memory: 1 keeps the weights in host memory, 2 drops them (a push must follow waking)."""

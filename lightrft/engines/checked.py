@@ -78,6 +78,13 @@ class CheckedEngine(Engine):
         self._push(tensors, complete=not usable)
         self.weight_version = version
 
+    def update_adapter(self, scaling: float, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._require("weights")
+        self._require_pushed()
+        self.weight_version = -1
+        self._push_adapter(scaling, tensors)
+        self.weight_version = version
+
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         self._require("weights")
         return self._fingerprint(names)
@@ -126,6 +133,9 @@ class CheckedEngine(Engine):
 
     def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
         raise NotImplementedError
+
+    def _push_adapter(self, scaling: float, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        raise EngineError(f"{type(self).__name__} takes no adapters; set WeightSync's lora to merged.")
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         raise NotImplementedError

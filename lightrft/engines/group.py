@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightrft.engines.base import EngineError
+from lightrft.engines.flat import Flat, flatten, flatten_requests, unflatten, unflatten_requests
 from lightrft.ops.collectives import everyone
-from lightrft.samples import Prompt
+from lightrft.samples import Prompt, Response
 
 
 class EngineGroup:
@@ -50,11 +51,48 @@ class EngineGroup:
     def join(
         self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]
     ) -> tuple[list[Prompt], list[list[int]], slice]:
-        """The prompts of all ranks, in their order, with their seeds, and which of them are this rank's. Pickled."""
-        parts = self.everyone((list(prompts), list(map(list, seeds))))
+        """The prompts of all ranks, in their order, with their seeds, and which of them are this rank's.
+
+        Of the prompts what an engine needs: ids, uid and media. They travel as tensors.
+        """
+        if self.size == 1:
+            return list(prompts), list(map(list, seeds)), slice(0, len(prompts))
+        parts = [unflatten_requests(part) for part in self._gather(flatten_requests(prompts, seeds))]
         start = sum(len(asked) for asked, _ in parts[: self.rank])
         asked = [prompt for part, _ in parts for prompt in part]
         return asked, [own for _, part in parts for own in part], slice(start, start + len(prompts))
+
+    def from_first(self, groups: Sequence[Sequence[Response]] | None) -> list[list[Response]]:
+        """On every rank the groups of responses that the first one has, where it alone sampled; as tensors.
+
+        Args:
+            groups: the first rank's; what the others give is not looked at.
+        """
+        if self.size == 1:
+            return [list(group) for group in groups or ()]
+        own = (groups or ()) if self.rank == 0 else ()
+        flat = flatten([response for group in own for response in group])
+        flat["counts"] = torch.tensor([len(group) for group in own], dtype=torch.int64)
+        sizes = self.first(torch.tensor([len(tensor) for tensor in flat.values()]))
+        for (name, tensor), size in zip(flat.items(), sizes.tolist()):
+            flat[name] = self.first(tensor if self.rank == 0 else tensor.new_empty(size))
+        responses = iter(unflatten(flat))
+        return [[next(responses) for _ in range(count)] for count in flat["counts"].tolist()]
+
+    def _gather(self, flat: Flat) -> list[Flat]:
+        """What each rank gives, whose tensors may have any length: one collective for lengths, one for all bytes."""
+        sizes = self._all(torch.tensor([tensor.nbytes for tensor in flat.values()]))
+        longest = max(int(size.sum()) for size in sizes)
+        own = torch.cat([tensor.view(torch.uint8) for tensor in flat.values()])
+        buffers = self._all(torch.cat([own, own.new_zeros(longest - len(own))]))
+        parts = [buffer[: size.sum()].split(size.tolist()) for buffer, size in zip(buffers, sizes)]
+        # Cloned, since a view as wider numbers must begin at a multiple of their width.
+        return [{name: raw.clone().view(flat[name].dtype) for name, raw in zip(flat, part)} for part in parts]
+
+    def _all(self, values: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous(), group=self._ranks)
+        return parts
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the group, in place."""
@@ -72,6 +110,4 @@ class EngineGroup:
         """Parts of equal shape, joined along their last dimension in the order of ranks."""
         if self.size == 1:
             return values
-        parts = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(parts, values.contiguous(), group=self._ranks)
-        return torch.cat(parts, dim=-1)
+        return torch.cat(self._all(values), dim=-1)

@@ -66,6 +66,7 @@ class Manifest:
                     f"{shape}; start the engine from the actor's own config."
                 )
             yield name, tensor
+            del tensor  # before the next one is made
             seen.add(id(weight))
         missing = [name for name, weight in self.named.items() if id(weight) not in seen] if complete else []
         if missing:

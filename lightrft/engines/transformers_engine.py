@@ -14,6 +14,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lightrft.engines.adapter import Adapter
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.draw import SeededDraw, uniforms, warpers
@@ -79,6 +80,7 @@ class TransformersEngine(CheckedEngine):
     def _start(self, config: Any, tokenizer: Any) -> None:
         model = build(config, self._wanted_dtype, self._device)
         self._weights = Weights(model, place(model, self._group, self._device), self._group)
+        self._adapter = Adapter(model)
         self._model = model
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stop_ids, default=0)
         self._shares_prefill = can_share_prefill(self._model)
@@ -111,24 +113,36 @@ class TransformersEngine(CheckedEngine):
         return [scores[index] for index in range(len(sequences))]
 
     def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
+        self._adapter.remove()
         self._weights.push(tensors, complete)
 
+    def _push_adapter(self, scaling: float, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        if self._group.size > 1:
+            raise EngineError(
+                f"TransformersEngine over {self._group.size} ranks takes no adapters; set WeightSync's lora to merged, "
+                "or tensor_parallel_size to 1."
+            )
+        self._adapter.push(scaling, tensors)
+
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        return self._weights.fingerprint(names)
+        return self._weights.fingerprint(names, self._adapter.matrices)
 
     def _sleep(self, level: int) -> None:
         if level == 1:
             self._weights.offload()
+            self._adapter.move(torch.device("cpu"))
         else:
             self._weights.drop()
+            self._adapter.remove()
         self._release()
 
     def _wake(self, part: WakePart) -> None:
         if part == "weights":
             self._weights.restore()
+            self._adapter.move(self._device)
 
     def _close(self) -> None:
-        del self._model, self._weights
+        del self._model, self._weights, self._adapter
         self._model = None
         self._release()
 

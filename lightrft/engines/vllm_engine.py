@@ -22,6 +22,7 @@ from lightrft.engines.hot_start import with_hot_start
 from lightrft.engines.manifest import Manifest
 from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import Tail, before_stop
+from lightrft.engines.vllm_loading import load_format
 from lightrft.engines.vllm_memory import forget_pools
 from lightrft.media import MediaError
 from lightrft.ops.fingerprint import Fingerprint
@@ -33,6 +34,9 @@ from lightrft.whereabouts import mark
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 # Its kernel draws every request from a seed of its own; the older runner takes half as long again for that.
 _NEWER_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+_ITS_OWN = frozenset(
+    ("model", "tokenizer", "load_format", "dtype", "quantization", "logprobs_mode", "enable_sleep_mode", "seed")
+)
 _TAGS: dict[WakePart, str] = {"weights": "weights", "cache": "kv_cache"}
 
 
@@ -86,6 +90,9 @@ class VLLMEngine(CheckedEngine):
             "enforce_eager": enforce_eager,
         }
         self._options = dict(options or {})
+        taken = sorted(self._options.keys() & (_ITS_OWN | self._settings.keys()))
+        if taken:
+            raise ValueError(f"options may not set {', '.join(taken)}: VLLMEngine does.")
         self._llm: Any = None
 
     @property
@@ -97,7 +104,6 @@ class VLLMEngine(CheckedEngine):
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft-vllm-")
         model = build(config, self._wanted_dtype, torch.device("meta"))
         self._manifest = Manifest(model)
-        self._names = checkpoint_names(model, self._manifest.named)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
         _write_folder(Path(self._folder.name), model, self._processor or tokenizer)
         try:
@@ -106,9 +112,10 @@ class VLLMEngine(CheckedEngine):
             self._folder.cleanup()
             raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
-        self._together = self._in_worker(vllm_weights.kept_together, list(self._manifest.named))
-        in_float8 = self._in_worker(vllm_weights.in_float8, list(self._names.values()))
-        self.in_float8 = frozenset(name for name, own in self._names.items() if own in in_float8)
+        forms = checkpoint_names(model, self._manifest.named)
+        self._names = self._in_worker(vllm_weights.known_names, forms)
+        self._together = self._in_worker(vllm_weights.kept_together, self._names)
+        self.in_float8 = self._in_worker(vllm_weights.in_float8, self._names)
 
     def _make(self, arguments: dict[str, Any]) -> Any:
         """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""
@@ -126,7 +133,7 @@ class VLLMEngine(CheckedEngine):
     def _arguments(self, model: Any) -> dict[str, Any]:
         own = {
             "model": self._folder.name,
-            "load_format": "dummy",
+            "load_format": load_format(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": "fp8_per_channel" if self._quantization else None,
             "enable_sleep_mode": self._device.type != "cpu",
@@ -139,9 +146,6 @@ class VLLMEngine(CheckedEngine):
             "seed": 0,
             **self._settings,
         }
-        taken = sorted(own.keys() & self._options.keys())
-        if taken:
-            raise ValueError(f"options may not set {', '.join(taken)}: VLLMEngine does.")
         return {**own, **self._options}
 
     @property
@@ -283,15 +287,12 @@ class VLLMEngine(CheckedEngine):
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        groups = {name: [name, *self._manifest.tied(name)] for name in names}
-        asked = sorted({one for group in groups.values() for one in group})
-        prints = self._in_worker(vllm_weights.fingerprints, [self._names[one] for one in asked])
-        found = {one: prints[self._names[one]] for one in asked}
-        # Of tied weights the one that differs, if vLLM holds them apart.
-        return {
-            name: next((found[one] for one in group if found[one] != found[name]), found[name])
-            for name, group in groups.items()
-        }
+        for name in names:
+            self._manifest.find(name.removesuffix("_scale"))
+        # Of scales, which are no weight of the actor's, by their weight's.
+        own = {name: name.replace(base := name.removesuffix("_scale"), self._names[base]) for name in names}
+        found = self._in_worker(vllm_weights.fingerprints, list(own.values()))
+        return {name: found[own[name]] for name in names}
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightrft.engines.group import EngineGroup
 from lightrft.engines.manifest import Manifest
-from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+from lightrft.ops.fingerprint import Fingerprint, Fingerprints, joined
 from lightrft.ops.shard import Shard
 
 
@@ -42,15 +42,23 @@ class Weights:
             shard = self._shards.get(weight)
             with torch.no_grad():
                 weight.copy_(shard.of(tensor) if shard else tensor)
+            del tensor  # before the next one is made
 
-    def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
+    def fingerprint(self, names: Sequence[str], further: Mapping[str, Tensor]) -> dict[str, Fingerprint]:
         """Fingerprints by name; of a split weight the whole's, to which every rank of the group gives its part.
+
+        Args:
+            names: of weights and of ``further`` tensors.
+            further: by name.
 
         Raises:
             EngineError: an unknown name.
         """
-        found = {name: self._manifest.find(name) for name in names}
-        prints = {name: fingerprint(weight, self._shards.get(weight)) for name, weight in found.items()}
+        found = {name: further[name] if name in further else self._manifest.find(name) for name in names}
+        taken = Fingerprints()
+        for name, weight in found.items():
+            taken.add(name, weight, self._shards.get(weight))
+        prints = taken.read()
         split = {name for name, weight in found.items() if weight in self._shards}
         everyones = self._group.everyone({name: prints[name] for name in split})
         return prints | {name: joined(part[name] for part in everyones) for name in split}

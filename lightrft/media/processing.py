@@ -164,9 +164,7 @@ class MediaProcessor:
     def _item(self, kind: str, reference: Any) -> MediaItem:
         decoded = self._decoded(kind, reference)
         given = {"images": [decoded]} if kind == "images" else {"audio": [decoded[0]], "sampling_rate": decoded[1]}
-        made = dict(
-            self._processor(text=[self._tokens[kind]], add_special_tokens=False, return_tensors="pt", **given)
-        )
+        made = dict(self._processor(text=[self._tokens[kind]], add_special_tokens=False, return_tensors="pt", **given))
         token_ids = made.pop("input_ids")[0]
         made.pop("attention_mask", None)
         return MediaItem(

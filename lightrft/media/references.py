@@ -8,7 +8,6 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 

@@ -2,7 +2,7 @@
 
 from lightrft.ops.attention import varlen_attention
 from lightrft.ops.balance import CostModel, busiest_over_mean, loads, micro_steps, partition
-from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+from lightrft.ops.fingerprint import Fingerprint, Fingerprints, fingerprint, joined
 from lightrft.ops.log_probs import log_probs_and_entropy
 from lightrft.ops.packing import Packed, pack, pad, split_by_tokens
 from lightrft.ops.sequence_parallel import check_heads, sequence_parallel_attention, sum_of_parts
@@ -11,6 +11,7 @@ from lightrft.ops.shard import Shard
 __all__ = [
     "CostModel",
     "Fingerprint",
+    "Fingerprints",
     "Packed",
     "Shard",
     "busiest_over_mean",

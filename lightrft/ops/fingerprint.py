@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightrft.ops.shard import Shard
 
-_CHUNK = 1 << 22
+# The weight of position p is columns[p % _ROW] * rows[p // _ROW]: two small tables, which stay in cache, instead of a
+# number for every position. Integers have odd ones, whose product is odd: any change of one of them is seen.
+_ROW = 1 << 10
+# Elements at a time, each 8 bytes of temporary memory: few launches on a GPU, on a CPU what its cache holds.
+_CHUNK, _CPU_CHUNK = 1 << 24, 1 << 17
 # Eight bytes are two values: sums modulo 2^64 would lose what only their highest bits say.
 _INTEGER_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
@@ -34,26 +41,44 @@ class Fingerprint:
         return abs(self.projection - other.projection)
 
 
-def fingerprint(tensor: Tensor, shard: Shard | None = None) -> Fingerprint:
-    """Fingerprint a tensor of any floating or integer dtype on its own device, in chunks of 4 Mi elements.
+class Fingerprints:
+    """Of many tensors: each is taken on its own device at once, and all are read from there together.
 
-    Args:
-        tensor: the tensor, or a part of one.
-        shard: which part ``tensor`` is; ``None`` is all of it. :func:`joined` parts are the whole's fingerprint.
+    To read one waits for the device, and a model has hundreds.
     """
-    flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view(_INTEGER_VIEW[flat.element_size()])
-    integers = max(1, flat.element_size() // bits.element_size())  # of each element
-    checksum, projection = 0, 0.0
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK]
-        # An odd multiplier per position makes every single-bit change, and a swap of two values, visible.
-        checksum += int((part.to(torch.int64) * (_mixed(start, part, shard, integers) | 1)).sum())
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK]
-        pattern = ((_mixed(start, part, shard, 1) >> 33) & 0xFFFF).to(torch.float64) / 32767.5 - 1.0
-        projection += float((part.to(torch.float64) * pattern).sum())
-    return Fingerprint(checksum & (2**64 - 1), projection, flat.numel())
+
+    def __init__(self) -> None:
+        self._taken: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def add(self, name: str, tensor: Tensor, shard: Shard | None = None) -> None:
+        """Take that of a tensor of any floating or integer dtype, which may change afterwards. Needs 128 MiB at most.
+
+        Args:
+            name: what to call it.
+            tensor: the tensor, or a part of one.
+            shard: which part ``tensor`` is; ``None`` is all of it. :func:`joined` parts are the whole's fingerprint.
+        """
+        flat = tensor.detach().contiguous().view(-1)
+        bits = flat.view(_INTEGER_VIEW[flat.element_size()])
+        integers = max(1, flat.element_size() // bits.element_size())  # of each element
+        checksum = _weighted_sum(bits, torch.int64, shard, integers)
+        self._taken[name] = checksum, _weighted_sum(flat, torch.float64, shard, 1), flat.numel()
+
+    def read(self) -> dict[str, Fingerprint]:
+        """All of them by name."""
+        checksums = _numbers([checksum for checksum, _, _ in self._taken.values()])
+        projections = _numbers([projection for _, projection, _ in self._taken.values()])
+        return {
+            name: Fingerprint(checksum & (2**64 - 1), projection, numel)
+            for (name, (_, _, numel)), checksum, projection in zip(self._taken.items(), checksums, projections)
+        }
+
+
+def fingerprint(tensor: Tensor, shard: Shard | None = None) -> Fingerprint:
+    """Fingerprint of one tensor (:meth:`Fingerprints.add`)."""
+    one = Fingerprints()
+    one.add("", tensor, shard)
+    return one.read()[""]
 
 
 def joined(parts: Iterable[Fingerprint]) -> Fingerprint:
@@ -64,9 +89,67 @@ def joined(parts: Iterable[Fingerprint]) -> Fingerprint:
     return Fingerprint(checksum & (2**64 - 1), projection, numel)
 
 
-def _mixed(start: int, part: Tensor, shard: Shard | None, integers: int) -> Tensor:
-    """A fixed pseudo-random int64 for each position, from ``start`` on, of the whole tensor's integers."""
-    index = torch.arange(start, start + part.numel(), device=part.device, dtype=torch.int64)
-    if shard is not None:
-        index = shard.positions(index // integers) * integers + index % integers
-    return (index * 6364136223846793005 + 1442695040888963407) ^ (index >> 17)
+def _numbers(scalars: list[Tensor]) -> list[Any]:
+    """One transfer for each device they lie on."""
+    devices = {scalar.device for scalar in scalars}
+    read = {device: iter(torch.stack([s for s in scalars if s.device == device]).tolist()) for device in devices}
+    return [next(read[scalar.device]) for scalar in scalars]
+
+
+def _weighted_sum(flat: Tensor, dtype: torch.dtype, shard: Shard | None, integers: int) -> Tensor:
+    """Sum over elements, in ``dtype``, of each times the weight of its position in the whole tensor's integers."""
+    numel = flat.numel() if shard is None else math.prod(shard.whole) * integers
+    columns = _weights(_ROW, dtype, 1, flat.device)
+    # Tables of a few sizes serve all tensors.
+    rows = _weights(1 << (numel // _ROW).bit_length(), dtype, 2, flat.device)
+    if shard is None:
+        parts = [
+            (_product(part, columns[: part.shape[1]]).sum(1) * rows[start : start + len(part)]).sum()
+            for start, part in _matrices(flat)
+        ]
+    else:
+        parts = [
+            (_product(flat[start : start + len(at)], columns[at % _ROW]) * rows[at // _ROW]).sum()
+            for start, at in _positions(flat, shard, integers)
+        ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=dtype, device=flat.device)
+
+
+def _matrices(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The elements by rows, a chunk of these at a time and what is left at the end by itself; with the first row."""
+    whole, rows = flat.numel() // _ROW, _chunk(flat) // _ROW
+    for start in range(0, whole, rows):
+        stop = min(whole, start + rows)
+        yield start, flat[start * _ROW : stop * _ROW].view(-1, _ROW)
+    if flat.numel() % _ROW:
+        yield whole, flat[whole * _ROW :].view(1, -1)
+
+
+def _positions(flat: Tensor, shard: Shard, integers: int) -> Iterator[tuple[int, Tensor]]:
+    """Where the elements of a part lie in the whole, a chunk at a time."""
+    for start in range(0, flat.numel(), _chunk(flat)):
+        at = torch.arange(start, min(flat.numel(), start + _chunk(flat)), device=flat.device)
+        yield start, shard.positions(at // integers) * integers + at % integers
+
+
+def _chunk(flat: Tensor) -> int:
+    return _CPU_CHUNK if flat.device.type == "cpu" else _CHUNK
+
+
+def _product(values: Tensor, weights: Tensor) -> Tensor:
+    if values.dtype.itemsize == 1 and values.is_floating_point():
+        values = values.to(torch.float32)  # torch multiplies no 8-bit floats
+    return values * weights
+
+
+@lru_cache(maxsize=64)
+def _weights(size: int, dtype: torch.dtype, table: int, device: torch.device) -> Tensor:
+    """Pseudo-random numbers, the same on every device: odd int64 ones, or float64 ones in [-1, 1]."""
+    # The steps of SplitMix64 (Steele, Lea and Flood, 2014), with shifts that keep the sign.
+    mixed = torch.arange(1, size + 1, device=device) * -7046029254386353131 + table
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    mixed = mixed ^ (mixed >> 31)
+    return mixed | 1 if dtype == torch.int64 else (mixed >> 40).to(dtype) / 2**23

@@ -9,6 +9,7 @@ from lightrft.strategies.fully_sharded import FSDP2, data_parallel, shard_blocks
 from lightrft.strategies.half_precision import ScaledFloat16
 from lightrft.strategies.launch import launch
 from lightrft.strategies.layout import Layout
+from lightrft.strategies.movable import Movable, to_host
 from lightrft.strategies.placement import Placement
 from lightrft.strategies.process_group import leave_together, let_collectives_last
 from lightrft.strategies.replicated import DDP
@@ -21,6 +22,7 @@ __all__ = [
     "FSDP2",
     "STRATEGIES",
     "Layout",
+    "Movable",
     "Placement",
     "Roles",
     "ScaledFloat16",
@@ -36,6 +38,7 @@ __all__ = [
     "placement_of",
     "shard_blocks",
     "sharding_of",
+    "to_host",
     "unfinished_collective",
     "whole",
 ]

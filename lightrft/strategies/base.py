@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightrft.ops.collectives import everyone
 from lightrft.strategies import state
 from lightrft.strategies.state import State
+from lightrft.strategies.whole import local_parts
 
 
 class Sharding:
@@ -113,6 +114,16 @@ class Sharding:
             the global gradient norm before clipping; not finite when the step was skipped.
         """
         raise NotImplementedError
+
+    def held_weights(self, module: nn.Module) -> list[Tensor]:
+        """Plain tensors, this rank's part, in which the weights of a module lie that was set up here."""
+        return [part for weight in state.weights_of(module).values() for part in local_parts(weight)]
+
+    def held_optimizer_state(self, module: Any, optimizer: Any) -> list[Tensor]:
+        """Plain tensors, this rank's part, that only a step reads."""
+        kept = state.unwrapped(optimizer).state.values()
+        values = [value for one in kept for value in one.values() if isinstance(value, Tensor)]
+        return [part for value in values for part in local_parts(value)]
 
     def snapshot(self, module: Any, optimizer: Any) -> State:
         """This rank's part of the state of what :meth:`setup` returned, copied to host memory. Collective.

@@ -174,6 +174,9 @@ class DividedByZeRO(Replicated):
         norm = float(engine.optimizer._global_grad_norm)
         return math.inf if engine.optimizer.overflow else norm
 
+    def held_optimizer_state(self, module: Any, optimizer: Any) -> list[Tensor]:
+        return zero_state.held_optimizer_state(module._forward_module)
+
     def snapshot(self, module: Any, optimizer: Any) -> State:
         return zero_state.snapshot(module._forward_module)
 

@@ -32,7 +32,7 @@ from lightrft.strategies.state import (
     state_keys,
     weights_of,
 )
-from lightrft.strategies.whole import gathered, whole
+from lightrft.strategies.whole import gathered, local_parts, whole
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _SCALER = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -69,6 +69,18 @@ def snapshot(engine: Any) -> State:
         if shares.mine(value):
             kept[name] = on_host(value)
     return kept
+
+
+def held_optimizer_state(engine: Any) -> list[Tensor]:
+    """This rank's master weights and their moments, less what shares its memory with the weights to compute with."""
+    weights = weights_of(engine.module)
+    found = [
+        tensor
+        for flat in _flats(engine, weights)
+        for tensor in (flat.master, *(value for value in flat.state.values() if isinstance(value, Tensor)))
+    ]
+    shared = {part.untyped_storage()._cdata for weight in weights.values() for part in local_parts(weight)}
+    return [tensor.detach() for tensor in found if tensor.untyped_storage()._cdata not in shared]
 
 
 def _named(engine: Any) -> Iterator[tuple[str, Any]]:

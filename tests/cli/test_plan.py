@@ -161,6 +161,19 @@ def test_a_critic_has_a_phase_of_its_own(config: dict[str, Any], told: Told) -> 
     assert "critic gradients" not in found["update actor"]
 
 
+def test_what_is_offloaded_is_on_the_host_while_the_engine_samples(config: dict[str, Any], told: Told) -> None:
+    parts = ["optimizer", "reference", "critic"]
+    config["trainer"]["callbacks"].append({"class_path": "OffloadDuringRollout", "init_args": {"parts": parts}})
+    config["model"] |= {"algorithm": {"class_path": "Algorithm", "init_args": {"preset": "ppo", "kl": "loss_k3"}}}
+    config["model"]["algorithm"]["init_args"]["kl_coefficient"] = 0.1
+    config["model"]["critic"] = {"class_path": "CriticModule", "init_args": {"config": BIG}}
+    text = told("--json=true", "--device_memory_gib=80")
+    found, host = numbers(text), json.loads(text)["phases"]["rollout"]["host"]
+    moved = {"actor optimizer", "critic optimizer", "critic weights", "reference weights"}
+    assert moved <= found["advantages"].keys() and moved <= host.keys()
+    assert not moved & found["rollout"].keys() and "actor weights" in found["rollout"]
+
+
 def test_the_environment_configures_as_for_fit(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_FIT__TRAINER__EPOCHS_PER_ITERATION", "2")
     assert "2 update(s) of 128 responses" in told("--device_memory_gib=80")

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from lightrft.engines import VLLMEngine
+from lightrft.engines import EngineError, VLLMEngine
+from lightrft.ops.fingerprint import fingerprint
+from lightrft.samples import Sampling
 
-from .contract import EngineContract
+from .contract import EngineContract, prompt, world
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+ON_CPU = not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM is built for the GPU")
+def make(**options: object) -> VLLMEngine:
+    return VLLMEngine(dtype="float32", enforce_eager=True, gpu_memory_utilization=0.2, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not ON_CPU, reason="vLLM is built for the GPU")
 class TestVLLMEngine(EngineContract):
     tolerance = 3e-5
     one_stream = False
-    make = staticmethod(lambda: VLLMEngine(dtype="float32", enforce_eager=True))
+    make = staticmethod(make)
+
+    def test_part_of_what_a_layer_holds_as_one_is_refused_and_named(self, engine):
+        name = "model.layers.1.self_attn.q_proj.weight"
+        with pytest.raises(EngineError, match=r"q_proj.*without.*k_proj"):
+            engine.update_weights([(name, dict(world().weights())[name] * 2)], 1)
+        assert engine.weight_version == -1
+        engine.update_weights(world().weights(), 2)
+        assert engine.fingerprint([name]) == {name: fingerprint(dict(world().weights())[name])}
+
+    def test_prompts_of_more_tokens_than_a_step_takes_are_all_answered(self, engine):
+        group = engine.generate([prompt(100)] * 60, Sampling(max_new_tokens=3), [[1]] * 60)
+        assert len({tuple(response.token_ids.tolist()) for (response,) in group}) == 1
+
+    def test_the_process_is_left_as_it_was(self, engine):
+        before = (torch.get_num_threads(), torch.set_num_threads, dict(os.environ))
+        engine.generate([prompt(3)], Sampling(max_new_tokens=2), [[1]])
+        assert (torch.get_num_threads(), torch.set_num_threads, dict(os.environ)) == before
 
 
 @pytest.mark.gpu
@@ -24,4 +53,52 @@ class TestVLLMEngineOnTheGPU(EngineContract):
     tolerance = 2e-3
     one_stream = False
     device = torch.device("cuda")
-    make = staticmethod(lambda: VLLMEngine(dtype="float32", enforce_eager=True, gpu_memory_utilization=0.2))
+    make = staticmethod(make)
+
+    def test_closing_gives_the_memory_back(self, started):
+        started().close()
+        before = torch.cuda.mem_get_info()[0]
+        started(fresh=True)
+        held = before - torch.cuda.mem_get_info()[0]
+        started().close()
+        assert torch.cuda.mem_get_info()[0] - before > -0.02 * held
+        started(fresh=True)
+
+
+@pytest.fixture
+def tied() -> Iterator[VLLMEngine]:
+    engine = make()
+    engine.start(world(tied=True).config, world(tied=True).tokenizer, DEVICE)
+    yield engine
+    engine.close()
+
+
+def test_a_tied_head_follows_the_embedding_that_is_pushed_for_both(tied):
+    weights = world(tied=True).weights()
+    assert "lm_head.weight" not in dict(weights)
+    for version, factor in enumerate((1, 1.5)):
+        scaled = [(name, tensor * factor if "embed" in name else tensor) for name, tensor in weights]
+        tied.update_weights(scaled, version)
+        names = ["model.embed_tokens.weight", "lm_head.weight"]
+        print_of = fingerprint(dict(scaled)["model.embed_tokens.weight"])
+        assert tied.fingerprint(names) == dict.fromkeys(names, print_of)
+
+
+def test_options_that_the_engine_sets_itself_are_refused():
+    with pytest.raises(ValueError, match="load_format"):
+        make(options={"load_format": "auto"})
+
+
+def test_what_vllm_cannot_serve_is_said_with_its_reason():
+    with pytest.raises(EngineError, match=r"(?s)cannot serve Qwen2ForCausalLM.*max_model_len"):
+        make(max_model_len=10**6).start(world().config, world().tokenizer, DEVICE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "int8"}, {"quantization": "int4"}, {"kv_cache_dtype": "int8"}, {"gpu_memory_utilization": 0.0}],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        VLLMEngine(**options)

@@ -185,7 +185,7 @@ def whole_weights(module: LanguageBackbone) -> Tensor:
     head = [*module.head.parameters()] if isinstance(module, CriticModule) else []
     with gathered(head):
         weights = [whole(parameter) for parameter in head]
-    weights += [weight for _, weight in pretrained.merged_weights(module.transformer)]
+    weights += [weight for _, weight in pretrained.exported_weights(module.transformer)]
     return torch.cat([weight.flatten() for weight in weights])
 
 

@@ -115,10 +115,11 @@ class Gathering(RFTCallback):
         self.gathered = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._plain, pl_module.export_parameters = pl_module.export_parameters, self.export_parameters
+        actor = pl_module.actor
+        self._plain, actor.export_parameters = actor.export_parameters, self.export_parameters
 
-    def export_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._plain():
+    def export_parameters(self, *options: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._plain(*options):
             whole = tensor.detach().clone()
             dist.broadcast(whole, 0)
             self.gathered += 1
