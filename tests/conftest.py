@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 WITHOUT_CUDA = Path(__file__).parent / "without_cuda"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_CUDA), os.environ.get("PYTHONPATH")]))
-runpy.run_path(str(WITHOUT_CUDA / "sitecustomize.py"))
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+runpy.run_path(str(WITHOUT_CUDA / "sitecustomize.py"))
 torch.set_num_threads(1)
 
 

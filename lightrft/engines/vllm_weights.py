@@ -5,8 +5,8 @@ Every function takes the worker first: vLLM runs it where the model is.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -50,9 +50,15 @@ def known_names(worker: Any, forms: Sequence[Mapping[str, str]]) -> dict[str, st
 
     def form_of(name: str) -> int:
         found = [other for other in held if held[other] >= 0]
-        return held[max(found, key=lambda other: len(os.path.commonprefix([name, other])), default=name)]
+        return held[max(found, key=lambda other: _common(name, other), default=name)]
 
     return {name: forms[form if form >= 0 else form_of(name)][name] for name, form in held.items()}
+
+
+def dropped(worker: Any, names: Mapping[str, str]) -> frozenset[str]:
+    """The names among ``names``, as for :func:`kept_together`, whose weight the model has no use for."""
+    model = worker.model_runner.model
+    return frozenset(name for name, own in names.items() if not _holds(model, own))
 
 
 def kept_together(worker: Any, names: Mapping[str, str]) -> dict[str, list[str]]:
@@ -91,9 +97,8 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
 
 def in_float8(worker: Any, names: Mapping[str, str]) -> frozenset[str]:
     """The names among ``names``, as for :func:`kept_together`, whose weight the model holds in 8 bits."""
-    model = worker.model_runner.model
-    held = {name: own for name, own in names.items() if _holds(model, own)}
-    return frozenset(name for name, own in held.items() if _held(model, own)[1] is not None)
+    model, without = worker.model_runner.model, dropped(worker, names)
+    return frozenset(name for name in names.keys() - without if _held(model, names[name])[1] is not None)
 
 
 def _remade(worker: Any) -> bool:
@@ -141,6 +146,12 @@ def _packed(model: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
     for part in ["", *path.split(".")]:
         module = getattr(module, part, None) if part else module
         yield from (getattr(module, "packed_modules_mapping", None) or {}).items()
+
+
+def _common(one: str, other: str) -> int:
+    """Leading parts that two names share."""
+    pairs = zip(one.split("."), other.split("."))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _leaf(name: str) -> str:

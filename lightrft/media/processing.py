@@ -148,12 +148,9 @@ class MediaProcessor:
             for index, reference in enumerate(getattr(prompt.media, kind)):
                 try:
                     made = make(kind, reference)
-                except ImportError:
-                    raise
                 except Exception as error:  # processors raise what they like
-                    raise MediaError(
-                        f"Prompt {prompt.uid!r}: {part} {index} ({described(reference)}) cannot be used: {error}"
-                    ) from error
+                    says = f"Prompt {prompt.uid!r}: {part} {index} ({described(reference)}) cannot be used: {error}"
+                    raise (ImportError if isinstance(error, ImportError) else MediaError)(says) from error
                 yield kind, made
 
     def _decoded(self, kind: str, reference: Any) -> Any:

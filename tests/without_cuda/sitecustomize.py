@@ -1,6 +1,7 @@
 """Lets a torchvision that was built for CUDA be imported beside a torch for the CPU.
 
-Python imports this by itself at its start, from a folder on ``PYTHONPATH``: vLLM looks at models in processes of its own.
+Python imports this by itself at its start from a folder on ``PYTHONPATH``, as vLLM looks at models in processes of its
+own.
 """
 
 from __future__ import annotations
@@ -40,4 +41,5 @@ class TorchvisionWithoutCuda:
         return None
 
 
-sys.meta_path.insert(0, TorchvisionWithoutCuda)
+if not any(getattr(finder, "__name__", "") == TorchvisionWithoutCuda.__name__ for finder in sys.meta_path):
+    sys.meta_path.insert(0, TorchvisionWithoutCuda)
