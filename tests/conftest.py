@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 # Before torch or transformers are imported, here or in a process that a test starts.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-WITHOUT_CUDA = Path(__file__).parent / "without_cuda"
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_CUDA), os.environ.get("PYTHONPATH")]))
 
 import pytest
 import torch
@@ -20,6 +18,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+WITHOUT_CUDA = Path(__file__).parent / "without_cuda"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_CUDA), os.environ.get("PYTHONPATH")]))
 runpy.run_path(str(WITHOUT_CUDA / "sitecustomize.py"))
 torch.set_num_threads(1)
 

@@ -143,6 +143,8 @@ class VLLMEngine(CheckedEngine):
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # what the folder recommends would change the distribution behind our back
             "skip_tokenizer_init": model.config.get_text_config() is model.config,
+            # A prompt is processed once for all of its responses; kept longer, its pixels would fill the host's memory.
+            "mm_processor_cache_gb": 0,
             "disable_log_stats": True,
             "seed": 0,
             **self._settings,
@@ -284,7 +286,6 @@ class VLLMEngine(CheckedEngine):
         engine = self._llm.llm_engine
         if not engine.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache, which holds states of old weights.")
-        engine.reset_mm_cache()
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:

@@ -18,15 +18,22 @@ def from_wav(file: io.BytesIO) -> tuple[Tensor, int] | None:
     """Samples, float32 ``[N]`` in [-1, 1), channels averaged, and rate of a WAV file of 8, 16, 24 or 32-bit integers.
 
     ``None`` when it is something else.
+
+    Raises:
+        ValueError: the file ends before its samples do.
     """
     try:
         with wave.open(file) as opened:
             width, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
-            frames = opened.readframes(opened.getnframes())
+            count = opened.getnframes()
+            frames = bytearray(opened.readframes(count))
     except (wave.Error, EOFError):
         return None
-    raw = torch.frombuffer(bytearray(frames[: len(frames) // (width * channels) * width * channels]), dtype=torch.uint8)
-    return _whole_numbers(raw, width).view(-1, channels).mean(1), rate
+    if len(frames) < count * width * channels:
+        raise ValueError(f"the file ends after {len(frames) // (width * channels)} of its {count} samples")
+    if count == 0:
+        return torch.zeros(0), rate
+    return _whole_numbers(torch.frombuffer(frames, dtype=torch.uint8), width).view(-1, channels).mean(1), rate
 
 
 def resampled(samples: Tensor, rate: int, wanted: int) -> Tensor:

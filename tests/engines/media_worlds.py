@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -105,6 +105,7 @@ def wav(number: int, seconds: float | None = None, rate: int = 16000, channels: 
 def _tokenizer() -> PreTrainedTokenizerFast:
     pieces = [*SPECIAL, *PLACEHOLDERS, *[f"[{i}]" for i in range(VOCABULARY - FIRST)]]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\[\d+\]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     wrapped.add_special_tokens({"additional_special_tokens": [*SPECIAL[2:], *PLACEHOLDERS]})
