@@ -43,8 +43,9 @@ def image(reference: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = reference if isinstance(reference, Image.Image) else Image.open(_file(reference))
-            if getattr(opened, "n_frames", 1) > 1:
+            opened: Any = reference if isinstance(reference, Image.Image) else Image.open(_file(reference))
+            # Phones write previews and depth maps behind a photograph, as MPO.
+            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
                 raise MediaError(f"it has {opened.n_frames} frames; give the one that is meant")
             if opened.mode not in _MODES:
                 raise MediaError(f"its mode is {opened.mode}, deeper than 8 bits a channel; convert it to RGB")
