@@ -35,7 +35,7 @@ _SCORED_LOGITS = 1 << 28
 class TransformersEngine(CheckedEngine):
     """Samples with ``model.generate`` of ``transformers``: no extra to install, every architecture it knows.
 
-    Images and audio are read and encoded anew for each batch, and encoded once for each sample.
+    Images and audio are read once for the responses of a batch, and encoded for each of them.
 
     Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, min-p,
     top-k and top-p, in this order; a hot first token: FIRE's top-k and temperature), so a greedy token's is 0. The

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 _FORMAT = "lightrft_to_be_pushed"
 
 
+@functools.cache
 def load_format() -> str:
     """Name of a load format that fills weights with anything, and leaves what the model has computed for itself.
 

@@ -77,11 +77,14 @@ class MediaProcessor:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._name = type(processor).__name__
-        tokens = {kind: getattr(processor, f"{part}_token", None) for kind, part in _PARTS.items()}
-        self._tokens = {kind: token for kind, token in tokens.items() if token is not None}
-        self._ids = {
-            kind: int(processor.tokenizer.convert_tokens_to_ids(token)) for kind, token in self._tokens.items()
-        }
+        self._tokens: dict[str, str] = {}
+        self._ids: dict[str, int] = {}
+        tokenizer = processor.tokenizer
+        for kind, part in _PARTS.items():
+            token = getattr(processor, f"{part}_token", None)
+            index = None if token is None else tokenizer.convert_tokens_to_ids(token)
+            if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
+                self._tokens[kind], self._ids[kind] = token, index
 
     def check(self, prompt: Prompt) -> None:
         """That every item has its placeholder, and that the model takes such items.
