@@ -35,6 +35,10 @@ class Around(Engine):
     def dtype(self) -> torch.dtype | None:
         return self.engine.dtype
 
+    @property
+    def in_float8(self) -> frozenset[str]:  # type: ignore[override]
+        return self.engine.in_float8
+
     def start(self, *args: Any) -> None:
         self.engine.start(*args)
 

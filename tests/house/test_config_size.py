@@ -1,7 +1,8 @@
 """A user may set fewer than 120 things: the configuration, every shipped callback in it, is read in one go.
 
 What means the same in two places is one thing to know: the keys of a source for training and for validation, those of a
-model for actor and critic. What other packages define, an optimizer's own arguments, is not ours to count.
+model for actor and critic, of Rollout and the two callbacks that may take its place. What other packages define is not
+ours to count: an optimizer's own arguments, and what Lightning's users set by the same name to the same effect.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ from shipped import ROOT
 import lightrft.callbacks
 from lightrft.callback import RFTCallback
 
+LIGHTNINGS = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "logger",
+    "default_root_dir",
+    "fast_dev_run",
+    "gradient_clip_val",
+)
 ALGORITHM = {"class_path": "lightrft.algorithms.Algorithm", "init_args": {"preset": "ppo"}}
 CRITIC = {"class_path": "CriticModule", "init_args": {"model": "runs/quickstart/supervised/huggingface"}}
 RECIPES = {"exact_match": [{"reward": {"class_path": "lightrft.rewards.ExactMatch"}}]}
@@ -57,7 +67,18 @@ def ours_once(settings: Any) -> Any:
     for first, second in (("train", "val"), ("actor", "critic")):
         if isinstance(kept.get(first), dict) and isinstance(kept.get(second), dict):
             kept[second] = _without(kept[second], kept[first])
+    if "callbacks" in kept:
+        kept["callbacks"] = _alternatives_once(kept["callbacks"])
     return {key: value for key, value in kept.items() if value != {}}
+
+
+def _alternatives_once(callbacks: list[Any]) -> list[Any]:
+    """A run has one rollout callback: of the others what is their own."""
+    by_name = {callback["class_path"].rpartition(".")[2]: callback for callback in callbacks}
+    others = [name for name in by_name if issubclass(getattr(lightrft.callbacks, name), lightrft.callbacks.Rollout)]
+    for name in set(others) - {"Rollout"}:
+        by_name[name] = _without(by_name[name], by_name["Rollout"])
+    return list(by_name.values())
 
 
 def _without(settings: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +111,9 @@ def test_the_whole_configuration_has_fewer_than_120_leaves(tmp_path: Path, monke
         whole["model"]["rewards"]["init_args"]["recipes"]["exact_match"][0]["reward"],
     ):
         assert expanded["init_args"]
-    del whole["seed_everything"]  # LightningCLI's own
+    del whole["seed_everything"], whole["ckpt_path"]
+    for name in LIGHTNINGS:
+        del whole["trainer"][name]
     counted = ours_once(whole)
     assert set(counted["model"]["critic"]) == {"class_path", "value_clip", "warmup_iterations"}
     assert leaves(counted) < 120, f"{leaves(counted)} leaves:\n{yaml.safe_dump(counted)}"

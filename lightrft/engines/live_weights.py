@@ -1,0 +1,128 @@
+"""Weights of a model whose own loader puts them into place: fused, split over ranks, under names of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightrft.engines.base import EngineError
+from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+
+
+@dataclass(frozen=True)
+class Region:
+    """Which elements of a whole, contiguous tensor a part of it is, as strides say it.
+
+    Attributes:
+        whole: shape of the whole tensor.
+        shape: of the part.
+        strides: between the part's elements, counted in elements of the whole.
+        start: where in the flattened whole the part begins.
+    """
+
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+    def positions(self, local: Tensor) -> Tensor:
+        """Where elements lie in the flattened whole; int64 ``local`` is where they lie in the flattened part."""
+        found = torch.full_like(local, self.start)
+        for size, stride in zip(reversed(self.shape), reversed(self.strides)):
+            found += local % size * stride
+            local = local // size
+        return found
+
+
+class Held(NamedTuple):
+    """What one rank holds of a weight: which part, and the part's fingerprint."""
+
+    region: Region
+    print: Fingerprint
+
+
+class LiveWeights:
+    """Loads tensors by ``model.load_weights`` and watches where it copies them to: those are what it computes with.
+
+    Args:
+        model: whose ``load_weights`` takes pairs of name and tensor, copies what it knows, and may say nothing of the
+            rest.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._places: dict[str, list[tuple[Tensor, Region]]] = {}
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take whole tensors.
+
+        Raises:
+            EngineError: one of which nothing was copied into the model, or that it refused; names it.
+        """
+        for name, tensor in tensors:
+            copies = _Copies(tensor)
+            try:
+                with copies:
+                    self._model.load_weights([(name, tensor)])
+            except Exception as error:
+                raise EngineError(f"{type(self._model).__name__} cannot take {name!r}: {error!r}") from error
+            if not copies.made:
+                raise EngineError(f"{type(self._model).__name__} has no place for a weight named {name!r}.")
+            self._places[name] = copies.made
+
+    def held(self, names: Sequence[str]) -> dict[str, list[Held]]:
+        """What this rank's model holds now of weights that were loaded.
+
+        Raises:
+            EngineError: one that never was.
+        """
+        missing = [name for name in names if name not in self._places]
+        if missing:
+            raise EngineError(f"{missing[0]!r} has not been pushed, so the engine does not hold it.")
+        return {
+            # A fingerprint asks of a shard only where its elements lie in the whole.
+            name: [
+                Held(region, fingerprint(place, None if region.shape == region.whole else cast(Any, region)))
+                for place, region in self._places[name]
+            ]
+            for name in names
+        }
+
+
+def whole_fingerprint(parts: Sequence[Held]) -> Fingerprint:
+    """Of the weight that the parts of all ranks make up.
+
+    A part may be there several times. If such copies differ, all of them count, and the fingerprint is no tensor's.
+    """
+    distinct = {(part.region, part.print) for part in parts}
+    return joined(one for _, one in sorted(distinct, key=lambda pair: (pair[0].start, pair[1].checksum)))
+
+
+class _Copies(TorchDispatchMode):
+    """Sees every copy out of a tensor's memory.
+
+    Attributes:
+        made: where to, and which part of the tensor.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__()
+        self._source = source
+        self.made: list[tuple[Tensor, Region]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.copy_.default:
+            target, source = args[0], args[1]
+            if source.untyped_storage()._cdata == self._source.untyped_storage()._cdata:
+                self.made.append((target, self._region(source)))
+        return function(*args, **(kwargs or {}))
+
+    def _region(self, part: Tensor) -> Region:
+        start = int(part.storage_offset()) - int(self._source.storage_offset())
+        return Region(tuple(self._source.shape), tuple(part.shape), tuple(part.stride()), start)

@@ -1,0 +1,328 @@
+"""SGLang, for a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightrft.engines import sglang_scheduler as inside
+from lightrft.engines.base import EngineError, WakePart
+from lightrft.engines.checked import CheckedEngine
+from lightrft.engines.live_weights import whole_fingerprint
+from lightrft.engines.manifest import Manifest
+from lightrft.engines.messages import dumps
+from lightrft.engines.skeleton import build
+from lightrft.engines.stopping import Tail, before_stop
+from lightrft.ops.fingerprint import Fingerprint
+from lightrft.samples import Prompt, Response, Sampling
+from lightrft.whereabouts import mark
+
+_BUCKET_BYTES = 512 << 20
+# SGLang keeps a few positions of its context to itself; what the model's has room for must fit.
+_SPARE_CONTEXT = 16
+# Arguments of SGLang's that options may not set.
+_OURS = {"model_path", "load_format", "skip_tokenizer_init", "dtype", "quantization", "device", "base_gpu_id"}
+_OURS |= {"context_length", "sampling_backend", "attention_backend", "mem_fraction_static", "enable_memory_saver"}
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_CALM_DOWN = 30.0
+
+
+class SGLangEngine(CheckedEngine):
+    """SGLang (arXiv 2312.07104), version 0.5.14, with weights of its own on the trainer's device.
+
+    Needs the extra ``sglang``, whose torch and transformers are not the trainer's: run it in
+    :class:`~lightrft.engines.OwnProcess`. Were one of SGLang's processes to fail here, it would end this one, and
+    closing ends all processes that this one has started.
+
+    A token is drawn by its response's seed and its position alone, from logits that may differ in their last bits with
+    the batch they are computed in; ``options={"enable_deterministic_inference": True}`` rules that out, for slower
+    tokens. Log-probs are of the distribution a token was drawn from. Stop strings are found as tokens come. Top-k and
+    top-p sort the vocabulary in every step.
+
+    Weights are read where SGLang's own loaders put them, so a weight that they pass over is refused. 8-bit weights are
+    not offered: SGLang does not quantise anew what is pushed.
+
+    Args:
+        dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's.
+        mem_fraction_static: share of the device's memory that weights and cache may take while awake.
+        attention_backend: SGLang's kernels for attention; ``None`` is ``triton``, which needs no compiler for CUDA, and
+            on a CPU, where SGLang serves to try things out, ``torch_native``.
+        options: further arguments of SGLang's ``Engine``, by name. ``tp_size`` splits the model over as many devices of
+            this process, the trainer's the first of them.
+
+    Raises:
+        ValueError: a value outside its range, or an option that the engine sets itself.
+    """
+
+    def __init__(
+        self,
+        dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+        mem_fraction_static: float = 0.8,
+        attention_backend: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16, float16 or null.")
+        if not 0 < mem_fraction_static < 1:
+            raise ValueError(f"mem_fraction_static is {mem_fraction_static}; it must be in (0, 1).")
+        self._wanted_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self._mem_fraction_static, self._attention_backend = mem_fraction_static, attention_backend
+        self._options = dict(options or {})
+        taken = sorted(_OURS & self._options.keys())
+        if taken:
+            raise ValueError(f"options may not set {', '.join(taken)}: SGLangEngine does.")
+        self._engine: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As asked for in the constructor; once started, what the model is really in."""
+        return self._wanted_dtype if self._engine is None else self._model_dtype
+
+    def _start(self, config: Any, tokenizer: Any) -> None:
+        if self._device.type not in ("cuda", "cpu"):
+            raise EngineError(
+                f"SGLangEngine computes on CUDA devices, or for trials on a CPU, but not on {self._device}."
+            )
+        model = build(config, self._wanted_dtype, torch.device("meta"))
+        self._manifest = Manifest(model)
+        self._model_dtype = model.dtype
+        self._embedded = int(model.get_input_embeddings().num_embeddings)
+        self._folder = tempfile.TemporaryDirectory(prefix="lightrft-sglang-")
+        _write_folder(Path(self._folder.name), model, tokenizer)
+        try:
+            with _environment(self._device):
+                self._engine = _engine_class()(**self._arguments(model))
+        except Exception as error:
+            self._folder.cleanup()
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(f"SGLang cannot serve {type(model).__name__}: {error}") from error
+        self._steps = inside.steps_file(Path(self._folder.name))
+
+    def _arguments(self, model: Any) -> dict[str, Any]:
+        on_cpu = self._device.type == "cpu"
+        settings = {
+            "model_path": self._folder.name,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": None,
+            "device": self._device.type,
+            "base_gpu_id": self._device.index or 0,
+            "context_length": None if self._context is None else self._context + _SPARE_CONTEXT,
+            "sampling_backend": "pytorch",  # the name that ours takes
+            "attention_backend": self._attention_backend or ("torch_native" if on_cpu else "triton"),
+            "mem_fraction_static": self._mem_fraction_static,
+            "enable_memory_saver": not on_cpu,
+            "random_seed": 0,
+            "log_level": "error",
+        }
+        return settings | self._options
+
+    @property
+    def _vocabulary(self) -> int:
+        return self._embedded
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Response]]:
+        stops, stop_ids = self._split_stops(sampling)
+        asked, params = [], []
+        for prompt, own in zip(prompts, seeds):
+            asked += [prompt.token_ids.tolist()] * len(own)
+            params += [_sampling_params(sampling, seed, stops, stop_ids) for seed in own]
+        outputs = iter(self._run(asked, params))
+        return [
+            [self._response(prompt, next(outputs), sampling, seed, stops, stop_ids) for seed in own]
+            for prompt, own in zip(prompts, seeds)
+        ]
+
+    def _response(
+        self,
+        prompt: Prompt,
+        output: dict[str, Any],
+        sampling: Sampling,
+        seed: int,
+        stops: Sequence[str],
+        stop_ids: frozenset[int],
+    ) -> Response:
+        tokens, meta = list(output["output_ids"]), output["meta_info"]
+        log_probs = torch.tensor([value for value, *_ in meta["output_token_logprobs"][: len(tokens)]])
+        ended = meta["finish_reason"]["type"] == "stop" or tokens[-1] in stop_ids
+        if not ended and stops:  # at the longest length SGLang looks for no string
+            tail = Tail(stops, self._detokenizer)
+            ended = any(tail.completed_by(token) for token in tokens)
+        if not ended and len(tokens) < sampling.max_new_tokens:
+            raise EngineError(
+                f"SGLang's cache has no room for prompt {prompt.uid!r} and {sampling.max_new_tokens} tokens more; "
+                "raise SGLangEngine's mem_fraction_static, or shorten either."
+            )
+        if not bool(log_probs.isfinite().all()):
+            raise EngineError(
+                f"The model's logits for prompt {prompt.uid!r} are not finite under weights of version "
+                f"{self.weight_version}; training has diverged, or {self.dtype} is too narrow."
+            )
+        return Response(
+            token_ids=torch.tensor(tokens, dtype=torch.int64),
+            log_probs=log_probs,
+            text=before_stop(self._detokenizer.decode(tokens), stops),
+            finish_reason="stop" if ended else "length",
+            weight_version=self.weight_version,
+            seed=seed,
+        )
+
+    def _score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        scored = [index for index, sequence in enumerate(sequences) if len(sequence) > 1]
+        asked = [sequences[index].tolist() for index in scored]
+        params = [{"max_new_tokens": 0, "temperature": 1.0}] * len(asked)
+        outputs = self._run(asked, params, logprob_start_len=0)
+        found = {}
+        for index, output in zip(scored, outputs):
+            values = [value for value, *_ in output["meta_info"]["input_token_logprobs"][1:]]
+            found[index] = torch.tensor(values, dtype=torch.float32)
+        return [found.get(index, torch.zeros(0)) for index in range(len(sequences))]
+
+    def _run(self, asked: list[list[int]], params: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+        """Let SGLang answer requests, each prompt by token ids; answers in their order."""
+        if not asked:
+            return []
+        work = self._engine.async_generate(input_ids=asked, sampling_params=params, return_logprob=True, **options)
+        outputs: list[dict[str, Any]] = self._engine.loop.run_until_complete(self._watched(work))
+        for output in outputs:
+            reason = output["meta_info"]["finish_reason"]
+            if reason["type"] == "abort":
+                raise EngineError(f"SGLang broke a request off: {reason.get('message')}")
+        return outputs
+
+    async def _watched(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Mark progress for as long as SGLang makes steps."""
+        task, seen = asyncio.ensure_future(work), self._steps[0]
+        while not (await asyncio.wait({task}, timeout=_SECONDS_BETWEEN_LOOKS))[0]:
+            if self._steps[0] != seen:
+                seen = self._steps[0]
+                mark()
+        return task.result()
+
+    def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
+        bucket: list[tuple[str, Tensor]] = []
+        for name, tensor in self._manifest.checked(tensors, complete):
+            mark()
+            weight = self._manifest.find(name)
+            # Under one name, as tied weights are one in SGLang too.
+            bucket.append((self._manifest.tied(name)[0], tensor.detach().to(self._device, weight.dtype)))
+            if sum(one.nbytes for _, one in bucket) >= _BUCKET_BYTES:
+                self._load(bucket)
+                bucket = []
+        self._load(bucket)
+        self._call("forget")
+
+    def _load(self, bucket: list[tuple[str, Tensor]]) -> None:
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(self._device)
+        self._call("load", tensors=inside.by_reference(bucket) if on_cuda else dumps(bucket))
+        if on_cuda:
+            torch.cuda.ipc_collect()
+
+    def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
+        stored = {name: self._manifest.tied(name)[0] for name in names}
+        ranks = self._call("held", names=sorted(set(stored.values())))
+        return {name: whole_fingerprint([part for rank in ranks for part in rank[one]]) for name, one in stored.items()}
+
+    def _sleep(self, level: int) -> None:
+        self._call("sleep", level=level)
+
+    def _wake(self, part: WakePart) -> None:
+        self._call("wake", part=part)
+
+    def _close(self) -> None:
+        engine, self._engine = self._engine, None
+        engine.shutdown()
+        self._folder.cleanup()
+
+    def _call(self, method: str, **arguments: Any) -> list[Any]:
+        """What a function of :data:`lightrft.engines.sglang_scheduler.CALLS` returns on each of SGLang's ranks."""
+        from sglang.srt.managers.io_struct import RpcReqInput
+
+        until = time.monotonic() + _SECONDS_TO_CALM_DOWN
+        while True:
+            self._engine.send_to_rpc.send_pyobj(RpcReqInput(method=method, parameters=arguments))
+            answers = self._engine.send_to_rpc.recv_pyobj().message
+            mark()
+            for _, failure in answers:
+                if failure is not None:
+                    raise failure.error()
+            results = [result for result, _ in answers]
+            if inside.BUSY not in results:
+                return results
+            if time.monotonic() > until:  # a moment after the last response it still has something to tidy up
+                raise EngineError(f"SGLang is still busy {_SECONDS_TO_CALM_DOWN:g} seconds after its last response.")
+            time.sleep(0.005)
+
+
+def _sampling_params(sampling: Sampling, seed: int, stops: Sequence[str], stop_ids: frozenset[int]) -> dict[str, Any]:
+    """SGLang's parameters of one response, and with them what :mod:`lightrft.engines.sglang_scheduler` wants."""
+    fire = sampling.fire
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
+        "stop_token_ids": sorted(stop_ids),
+        "custom_params": {
+            "seed": seed,
+            "stops": list(stops),
+            "fire": [float(fire.temperature), fire.top_k] if fire else None,
+        },
+    }
+
+
+def _engine_class() -> Any:
+    try:
+        from sglang.srt.entrypoints.engine import Engine
+    except ImportError as error:
+        raise EngineError(
+            f"SGLangEngine needs SGLang ({error}): run it in lightrft.engines.OwnProcess, with python or site naming "
+            "an environment that has the extra sglang of lightning-rft."
+        ) from error
+
+    class SeededEngine(Engine):
+        """SGLang's engine, its scheduler processes run by ours."""
+
+        run_scheduler_process_func = staticmethod(inside.run)
+
+    return SeededEngine
+
+
+def _write_folder(folder: Path, model: Any, tokenizer: Any) -> None:
+    """What SGLang reads of a model, and our part of its scheduler processes."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder / inside.TOKENIZER)
+    (folder / inside.STEPS).write_bytes(bytes(8))
+
+
+@contextmanager
+def _environment(device: torch.device) -> Iterator[None]:
+    """SGLang, imported and started in it, takes a context longer than the model's, and a CPU."""
+    variables = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    if device.type == "cpu":
+        variables["SGLANG_USE_CPU_ENGINE"] = "1"
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

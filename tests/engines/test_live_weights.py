@@ -1,0 +1,94 @@
+"""Weights found where a model's own loader puts them: fused, cut over ranks, copied twice, passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightrft.engines import EngineError
+from lightrft.engines.live_weights import LiveWeights, whole_fingerprint
+from lightrft.ops.fingerprint import fingerprint
+
+WEIGHTS = {
+    "q.weight": torch.randn(8, 6),
+    "k.weight": torch.randn(2, 6),
+    "out.weight": torch.randn(6, 8),
+    "head.weight": torch.randn(10, 6),
+    "norm": torch.randn(6),
+}
+
+
+class Rank(nn.Module):
+    """One of two ranks of a model that loads as serving engines' do."""
+
+    def __init__(self, rank: int, ranks: int = 2) -> None:
+        super().__init__()
+        self.rank, self.ranks = rank, ranks
+        self.fused = nn.Parameter(torch.zeros(8 // ranks + 2, 6))  # part of q, and all of k on every rank
+        self.out = nn.Parameter(torch.zeros(6, 8 // ranks))
+        self.head = nn.Parameter(torch.zeros(8, 6))  # padded: the second rank has fewer rows
+        self.second_head = nn.Parameter(torch.zeros(8, 6))
+        self.norm = nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == "q.weight":
+                size = 8 // self.ranks
+                self.fused.data[:size].copy_(tensor.narrow(0, self.rank * size, size))
+            elif name == "k.weight":
+                assert tensor.shape == (2, 6)
+                self.fused.data[-2:].copy_(tensor)
+            elif name == "out.weight":
+                size = 8 // self.ranks
+                self.out.data.copy_(tensor.narrow(1, self.rank * size, size))
+            elif name == "head.weight":
+                rows = tensor[self.rank * 8 : self.rank * 8 + 8]
+                self.head.data[: len(rows)].copy_(rows)
+                self.second_head[: len(rows)] = rows
+            elif name == "norm":
+                self.norm.data.copy_(tensor)
+
+
+def loaded() -> list[LiveWeights]:
+    ranks = [LiveWeights(Rank(rank)) for rank in range(2)]
+    for rank in ranks:
+        rank.load(WEIGHTS.items())
+    return ranks
+
+
+def prints(ranks: list[LiveWeights]) -> dict[str, object]:
+    held = [rank.held(list(WEIGHTS)) for rank in ranks]
+    return {name: whole_fingerprint([part for one in held for part in one[name]]) for name in WEIGHTS}
+
+
+def test_fingerprints_are_of_the_whole_tensors_in_the_models_dtype():
+    expected = {name: fingerprint(tensor) for name, tensor in WEIGHTS.items()}
+    expected["norm"] = fingerprint(WEIGHTS["norm"].bfloat16())
+    assert prints(loaded()) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("parameter", "row", "name"),
+    [("fused", 0, "q.weight"), ("fused", -1, "k.weight"), ("out", 2, "out.weight"), ("second_head", 1, "head.weight")],
+)
+def test_a_change_of_what_any_rank_computes_with_is_seen_and_of_that_weight_alone(rank, parameter, row, name):
+    ranks = loaded()
+    before = prints(ranks)
+    with torch.no_grad():
+        getattr(ranks[rank]._model, parameter)[row] += 1e-3
+    after = prints(ranks)
+    assert {one for one in WEIGHTS if before[one] != after[one]} == {name}
+
+
+def test_what_the_loader_passes_over_or_refuses_is_named():
+    live = LiveWeights(Rank(0))
+    with pytest.raises(EngineError, match=r"no place.*nonsense"):
+        live.load([("nonsense", torch.zeros(3))])
+    with pytest.raises(EngineError, match=r"k\.weight"):
+        live.load([("k.weight", torch.zeros(3, 6))])
+    with pytest.raises(EngineError, match=r"norm.*not been pushed"):
+        live.held(["norm"])

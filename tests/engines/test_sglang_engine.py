@@ -1,0 +1,184 @@
+"""SGLangEngine holds the contract of engines, in a process of its own, on the CPU and on a GPU.
+
+The variable LIGHTRFT_SGLANG_SITE may name the folder that has SGLang and
+its transformers, LIGHTRFT_SGLANG_PYTHON the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lightrft.engines import EngineError, OwnProcess, SGLangEngine
+from lightrft.ops.fingerprint import fingerprint
+from lightrft.samples import FIRE, Sampling
+
+from .contract import EngineContract, ids_of, prompt, reference_log_probs, world
+
+PYTHON = os.environ.get("LIGHTRFT_SGLANG_PYTHON")
+SITE = list(filter(None, os.environ.get("LIGHTRFT_SGLANG_SITE", "").split(os.pathsep)))
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+needs_sglang = pytest.mark.skipif(
+    not (PYTHON or SITE or importlib.util.find_spec("sglang")), reason="needs SGLang: see LIGHTRFT_SGLANG_SITE"
+)
+
+
+def apart(dtype: str, graphs: bool = False, **options: Any) -> OwnProcess:
+    options = {"disable_cuda_graph": not graphs, **options}
+    return OwnProcess(SGLangEngine(dtype, 0.2, options=options), python=PYTHON, site=SITE)
+
+
+def started(dtype: str, tied: bool = False, **options: Any) -> OwnProcess:
+    """With the world's weights."""
+    engine = apart(dtype, **options)
+    engine.start(world(tied).config, world(tied).tokenizer, DEVICE)
+    engine.update_weights(world(tied).weights(), 0)
+    return engine
+
+
+@needs_sglang
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has a contract of its own")
+@pytest.mark.timeout(600)
+class TestSGLangEngine(EngineContract):
+    make = staticmethod(lambda: apart("float32"))
+
+
+@pytest.mark.gpu
+@needs_sglang
+@pytest.mark.timeout(600)
+class TestSGLangEngineOnTheGPU(EngineContract):
+    """In float32, where it can be compared token by token."""
+
+    device = DEVICE
+    tolerance = 2e-3
+    make = staticmethod(lambda: apart("float32"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[OwnProcess]:
+    """In bfloat16, on a GPU with CUDA graphs, as runs use it; the weights are the world's, rounded."""
+    engine = started("bfloat16", graphs=True)
+    yield engine
+    engine.close()
+
+
+@needs_sglang
+@pytest.mark.timeout(600)
+class TestSGLangEngineAsRunsUseIt:
+    def test_its_weights_are_those_pushed_in_its_dtype_from_either_kind_of_memory(self, engine):
+        expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
+        assert engine.fingerprint(list(expected)) == expected
+        engine.update_weights([(name, tensor.to(DEVICE)) for name, tensor in world().weights()], 1)
+        assert engine.fingerprint(list(expected)) == expected
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}], ids=str
+    )
+    def test_log_probs_are_near_those_of_its_own_scores(self, engine, options):
+        sampling = Sampling(max_new_tokens=16, **options)
+        asked = prompt(9)
+        group = engine.generate([asked], sampling, [range(64)])[0]
+        full = [torch.cat([asked.token_ids, response.token_ids]) for response in group]
+        scores = [score[len(asked.token_ids) - 1 :] for score in engine.score(full)]
+        differences = torch.cat([response.log_probs - score for response, score in zip(group, scores)])
+        if options:
+            assert differences.abs().mean() > 0.05  # another distribution
+        else:
+            assert differences.abs().mean() < 0.02
+
+    def test_scores_are_near_those_of_the_trainers_forward(self, engine):
+        sequences = [prompt(length).token_ids for length in (9, 30, 100)]
+        differences = []
+        for sequence, score in zip(sequences, engine.score(sequences)):
+            with torch.no_grad():
+                log_probs = world().model(sequence[None]).logits[0, :-1].log_softmax(-1)
+            differences.append(score - log_probs.gather(1, sequence[1:, None])[:, 0])
+        assert torch.cat(differences).abs().mean() < 0.05
+
+    def test_seeds_decide_whatever_the_batch(self, engine):
+        sampling = Sampling(max_new_tokens=8, fire=FIRE())
+        together = engine.generate([prompt(5), prompt(40)], sampling, [range(32), range(32)])
+        alone = engine.generate([prompt(5)], sampling, [[3]])
+        assert together[0][3].token_ids.tolist() == alone[0][0].token_ids.tolist()
+        assert len({tuple(ids) for ids in ids_of(together)[0]}) > 16
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_sleep_gives_the_devices_memory_to_this_process(self, engine, level):
+        awake = torch.cuda.mem_get_info(DEVICE)[0]
+        engine.sleep(level)
+        total = torch.cuda.get_device_properties(DEVICE).total_memory
+        assert torch.cuda.mem_get_info(DEVICE)[0] - awake > 0.15 * total
+        engine.wake(("weights",))
+        if level == 2:
+            engine.update_weights(world().weights(), 2)
+        engine.wake(("cache",))
+        expected = {name: fingerprint(tensor.bfloat16()) for name, tensor in world().weights()}
+        assert engine.fingerprint(list(expected)) == expected
+
+    def test_a_scheduler_that_dies_is_an_error_of_the_engine(self, engine):
+        leader = engine._process._process.pid
+        session = subprocess.run(["ps", "-o", "pid=", "--sid", str(leader)], capture_output=True, text=True, check=True)
+        for pid in map(int, session.stdout.split()):
+            if pid != leader:
+                os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError):
+            engine.generate([prompt(5)], Sampling(max_new_tokens=64), [range(8)])
+        engine.start(world().config, world().tokenizer, DEVICE)
+
+
+@needs_sglang
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two CUDA devices")
+def test_split_over_two_it_holds_tied_weights_and_draws_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0")  # on a CPU it wants to know whose cores are whose
+    split, model = started("float32", tied=True, tp_size=2), world(tied=True).model
+    expected = {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" in expected
+    assert split.fingerprint(list(expected)) == expected
+    sampling = Sampling(max_new_tokens=12, temperature=0.8)
+    for response in split.generate([prompt(5)], sampling, [range(8)])[0]:
+        assert torch.allclose(response.log_probs, reference_log_probs(model, prompt(5), response, sampling), atol=2e-3)
+    split.close()
+
+
+@needs_sglang
+@pytest.mark.timeout(600)
+def test_a_response_that_its_cache_has_no_room_for_is_refused() -> None:
+    small = started("bfloat16", max_total_tokens=64)
+    with pytest.raises(EngineError, match="mem_fraction_static"):
+        small.generate([prompt(20)], Sampling(max_new_tokens=100), [range(20)])
+    small.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"mem_fraction_static": 1.5}, "mem_fraction_static"),
+        ({"options": {"quantization": "fp8"}}, "quantization"),
+        ({"options": {"load_format": "auto"}}, "load_format"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_be_is_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SGLangEngine(**arguments)
+
+
+def test_another_device_is_refused():
+    with pytest.raises(EngineError, match="CUDA"):
+        SGLangEngine().start(world().config, world().tokenizer, torch.device("meta"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is here")
+def test_without_sglang_it_names_the_extra_and_the_process_to_run_it_in():
+    with pytest.raises(EngineError, match=r"OwnProcess.*extra sglang"):
+        SGLangEngine().start(world().config, world().tokenizer, torch.device("cpu"))
