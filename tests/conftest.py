@@ -6,6 +6,7 @@ import os
 import random
 import runpy
 import string
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 WITHOUT_CUDA = Path(__file__).parent / "without_cuda"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_CUDA), os.environ.get("PYTHONPATH")]))
+sys.path.append(str(WITHOUT_CUDA))  # which an engine's own process takes over
 runpy.run_path(str(WITHOUT_CUDA / "sitecustomize.py"))
 torch.set_num_threads(1)
 

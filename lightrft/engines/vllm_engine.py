@@ -114,7 +114,7 @@ class VLLMEngine(CheckedEngine):
         self._context = self._llm.model_config.max_model_len
         forms = checkpoint_names(model, self._manifest.named)
         self._names = self._in_worker(vllm_weights.known_names, forms)
-        self._dropped = self._in_worker(vllm_weights.dropped, self._names)
+        self.dropped = self._in_worker(vllm_weights.dropped, self._names)
         self._together = self._in_worker(vllm_weights.kept_together, self._names)
         self.in_float8 = self._in_worker(vllm_weights.in_float8, self._names)
 
@@ -295,9 +295,6 @@ class VLLMEngine(CheckedEngine):
         own = {name: name.replace(base := name.removesuffix("_scale"), self._names[base]) for name in names}
         found = self._in_worker(vllm_weights.fingerprints, list(own.values()))
         return {name: found[own[name]] for name in names}
-
-    def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        return {} if name in self._dropped else super().stored(name, tensor)
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":

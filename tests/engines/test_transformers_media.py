@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lightrft.engines import TransformersEngine
+from lightrft.engines import OwnProcess, TransformersEngine
 
 from .media_contract import MediaContract
 
@@ -22,6 +22,11 @@ class TestLlava(MediaContract):
 class TestLlavaInSmallBatches(MediaContract):
     family = "llava"
     make = staticmethod(lambda: TransformersEngine(sequences_per_batch=2))
+
+
+class TestLlavaInAProcessOfItsOwn(MediaContract):
+    family = "llava"
+    make = staticmethod(lambda: OwnProcess(TransformersEngine()))
 
 
 @needs_torchvision

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lightrft.engines import VLLMEngine
+from lightrft.engines import OwnProcess, VLLMEngine
 
 from .media_contract import MediaContract
 
@@ -34,6 +34,12 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM is built for
 @on_cpu
 class TestLlava(OnTheCPU):
     family = "llava"
+
+
+@on_cpu
+class TestLlavaInAProcessOfItsOwn(OnTheCPU):
+    family = "llava"
+    make = staticmethod(lambda: OwnProcess(VLLMEngine(dtype="float32", enforce_eager=True)))
 
 
 @on_cpu
