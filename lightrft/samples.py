@@ -20,9 +20,10 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Media:
-    """Media of one prompt as *references* (path, URL-free data URI, bytes), in the order of their placeholders.
+    """Media of one prompt as *references* (path, data URI, bytes), in the order of their placeholders.
 
-    Nothing is decoded before the processor needs it, and the responses of a group share one ``Media``.
+    Nothing is decoded before the processor needs it, and the responses of a group share one ``Media``. What code makes
+    by hand may be decoded already, a ``PIL`` image or ``(samples, rate)``; a checkpoint that holds it cannot be loaded.
     """
 
     images: tuple[Any, ...] = ()
@@ -46,7 +47,9 @@ class Prompt:
 
     Attributes:
         uid: names one draw of one record (``source/row@epoch``); seeds of its responses derive from it.
-        token_ids: int64 ``[P]``, the chat template applied.
+        token_ids: int64 ``[P]``, the chat template applied: one placeholder for each item of ``media``, as the template
+            writes it. The model sees as many tokens as the item takes; :class:`~lightrft.media.MediaProcessor` expands
+            them, and who computes log-probs must.
         text: what ``token_ids`` spell.
         reference: the expected answer for rule rewards; ``None`` where there is none.
         label: name of the reward recipe; ``None`` selects the recipe ``default``.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import string
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before torch or transformers are imported, here or in a process that a test starts.
@@ -16,6 +19,10 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+WITHOUT_CUDA = Path(__file__).parent / "without_cuda"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WITHOUT_CUDA), os.environ.get("PYTHONPATH")]))
+sys.path.append(str(WITHOUT_CUDA))  # which an engine's own process takes over
+runpy.run_path(str(WITHOUT_CUDA / "sitecustomize.py"))
 torch.set_num_threads(1)
 
 

@@ -34,6 +34,8 @@ class Engine:
 
     Attributes:
         tensor_parallel_size: ranks that hold the engine together.
+        dropped: weights that it does not compute with, as of layers whose outputs the model leaves unused. They are
+            pushed like all others, and not kept.
         in_float8: weights that it keeps in 8 bits (:mod:`lightrft.engines.float8`), each with the scales of its rows as
             ``<name>_scale``; known once it is started.
         weight_version: version of the last complete :meth:`update_weights`; -1 before the first.
@@ -44,6 +46,7 @@ class Engine:
     in_own_process: bool = False
     tensor_parallel_size: int = 1
     in_float8: frozenset[str] = frozenset()
+    dropped: frozenset[str] = frozenset()
     weight_version: int = -1
 
     @property
@@ -56,7 +59,8 @@ class Engine:
 
         Args:
             config: ``PretrainedConfig`` of the actor.
-            tokenizer: ``PreTrainedTokenizerBase`` of the actor (end of sequence, padding, decoding).
+            tokenizer: ``PreTrainedTokenizerBase`` of the actor (end of sequence, padding, decoding), or the
+                ``ProcessorMixin`` around it where prompts have media.
             device: where this rank computes.
             group: the ``tensor_parallel_size`` ranks that hold the engine; ``None`` is this rank alone.
 
@@ -74,7 +78,8 @@ class Engine:
 
         Raises:
             EngineError: asleep, closed, or without weights.
-            ValueError: a prompt without tokens or too long for the model's context; names it.
+            ValueError: a prompt without tokens, too long for the model's context, or with media that cannot be used
+                (:class:`~lightrft.media.MediaError`); names it.
         """
         raise NotImplementedError
 
@@ -125,6 +130,8 @@ class Engine:
 
     def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What the engine keeps of ``tensor``, which is in its dtype, by the names of :meth:`fingerprint`."""
+        if name in self.dropped:
+            return {}
         if name not in self.in_float8:
             return {name: tensor}
         weight, scale = per_row(tensor)

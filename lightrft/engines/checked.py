@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lightrft.engines.base import Engine, EngineError, WakePart
 from lightrft.engines.group import EngineGroup
 from lightrft.engines.stopping import Detokenizer
+from lightrft.media import MediaProcessor
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 
@@ -20,7 +21,7 @@ class CheckedEngine(Engine):
     """Keeps the order of calls and refuses bad input; subclasses do the work in the methods that begin with ``_``.
 
     Attributes:
-        reads_media: whether prompts may bring images, audio or video.
+        reads_media: whether prompts may bring images or audio, where the model has a processor for them.
     """
 
     reads_media: bool = False
@@ -42,6 +43,10 @@ class CheckedEngine(Engine):
             )
         self._closed, self._asleep = False, set()
         self._device = torch.device(device)
+        # A processor holds its tokenizer.
+        self._processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
+        self._media = MediaProcessor(self._processor) if self._processor is not None and self.reads_media else None
+        tokenizer = tokenizer if self._processor is None else self._processor.tokenizer
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_ids = _stop_ids(config, tokenizer)
         self._context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -56,11 +61,7 @@ class CheckedEngine(Engine):
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} lists of seeds; give one list per prompt.")
         for prompt in prompts:
-            if prompt.media and not self.reads_media:
-                raise ValueError(
-                    f"Prompt {prompt.uid!r} has images, audio or video, which {type(self).__name__} does not read; "
-                    "choose an engine that does."
-                )
+            self._check_media(prompt)
             self._check_ids(prompt.token_ids, f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
         return self._generate(prompts, sampling, seeds)
 
@@ -168,10 +169,22 @@ class CheckedEngine(Engine):
         # Inside the model this would be an index error, on a GPU the end of the process.
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= self._vocabulary:
             raise ValueError(f"{name} has token ids outside [0, {self._vocabulary}); use the actor's own tokenizer.")
-        if self._context is not None and len(token_ids) + new_tokens > self._context:
+        self._check_length(len(token_ids), name, new_tokens)
+
+    def _check_length(self, tokens: int, name: str, new_tokens: int) -> None:
+        if self._context is not None and tokens + new_tokens > self._context:
             raise ValueError(
-                f"{name} has {len(token_ids)} tokens; with max_new_tokens {new_tokens} that is more than the model's "
+                f"{name} has {tokens} tokens; with max_new_tokens {new_tokens} that is more than the model's "
                 f"context of {self._context}; shorten either."
+            )
+
+    def _check_media(self, prompt: Prompt) -> None:
+        if self._media is not None:
+            self._media.check(prompt)
+        elif prompt.media:
+            cure = "start it with the model's processor" if self.reads_media else "choose an engine that does"
+            raise ValueError(
+                f"Prompt {prompt.uid!r} has images, audio or video, which {type(self).__name__} does not read; {cure}."
             )
 
     def _split_stops(self, sampling: Sampling) -> tuple[list[str], frozenset[int]]:

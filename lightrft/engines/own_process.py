@@ -96,7 +96,7 @@ class OwnProcess(Engine):
             _save(config, tokenizer, process.folder)
             with process.conversation("start"):
                 answer = process.ask("start", _pickled(self.engine), self._device, torch.get_num_threads())
-            self.in_float8 = self._result(answer)
+            self.in_float8, self.dropped = self._result(answer)
         except ImportError as error:
             process.end()
             raise EngineError(

@@ -23,6 +23,7 @@ from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import StopStrings, before_stop, response_length
 from lightrft.engines.tensor_parallel import place
 from lightrft.engines.weights import Weights
+from lightrft.media import Reading, features
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 from lightrft.whereabouts import mark
@@ -33,6 +34,8 @@ _SCORED_LOGITS = 1 << 28
 
 class TransformersEngine(CheckedEngine):
     """Samples with ``model.generate`` of ``transformers``: no extra to install, every architecture it knows.
+
+    Images and audio are read once for the responses of a batch, and encoded for each of them.
 
     Holds its own copy of the weights. Log-probs are of the distribution a token was drawn from (temperature, min-p,
     top-k and top-p, in this order; a hot first token: FIRE's top-k and temperature), so a greedy token's is 0. The
@@ -48,6 +51,8 @@ class TransformersEngine(CheckedEngine):
     Raises:
         ValueError: an unknown dtype, or a number below 1.
     """
+
+    reads_media = True
 
     def __init__(
         self,
@@ -155,7 +160,8 @@ class TransformersEngine(CheckedEngine):
     ) -> list[Response]:
         """One response per entry of ``row_of``, the index of its prompt."""
         strings, stop_ids = self._split_stops(sampling)
-        token_ids, mask = self._left_pad([prompt.token_ids for prompt in prompts])
+        readings = [self._read(prompt, sampling) for prompt in prompts]
+        token_ids, mask = self._left_pad([reading.token_ids for reading in readings])
         rows = torch.tensor(row_of, device=self._device)
         length = token_ids.shape[1]
         draw = SeededDraw(uniforms(seeds, sampling.max_new_tokens).to(self._device), length, self._group)
@@ -178,6 +184,7 @@ class TransformersEngine(CheckedEngine):
                 stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
                 synced_gpus=False,
                 **shared,
+                **self._media_inputs(readings, row_of, length),
             )
         ends = stopping.ends if stopping else {}
         drawn = zip(output[:, length:].cpu(), draw.log_probs.cpu(), row_of, seeds)
@@ -212,6 +219,27 @@ class TransformersEngine(CheckedEngine):
             weight_version=self.weight_version,
             seed=seed,
         )
+
+    def _read(self, prompt: Prompt, sampling: Sampling) -> Reading:
+        if self._media is None:
+            return Reading(prompt.token_ids)
+        reading = self._media.read(prompt)
+        self._check_length(len(reading.token_ids), f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
+        return reading
+
+    def _media_inputs(self, readings: Sequence[Reading], row_of: Sequence[int], length: int) -> dict[str, Tensor]:
+        """What the model takes beside the tokens of the rows, each padded on its left to ``length``."""
+        rows = [readings[prompt] for prompt in row_of]
+        inputs = features(item for row in rows for item in row.items)
+        for name in {name for row in rows for name in row.token_types}:
+            inputs[name] = torch.zeros(len(rows), length, dtype=torch.int64)
+            for own, row in zip(inputs[name], rows):
+                if name in row.token_types:
+                    own[-len(row.token_ids) :] = row.token_types[name]
+        return {
+            name: tensor.to(self._device, self._model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in inputs.items()
+        }
 
     def _left_pad(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         shape = (len(prompts), max(map(len, prompts)))

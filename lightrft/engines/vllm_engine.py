@@ -17,11 +17,14 @@ from lightrft.engines import vllm_requests as requests
 from lightrft.engines import vllm_weights
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
+from lightrft.engines.checkpoint_names import checkpoint_names
 from lightrft.engines.hot_start import with_hot_start
 from lightrft.engines.skeleton import build
+from lightrft.engines.vllm_loading import load_format
 from lightrft.engines.vllm_manifest import VLLMManifest
 from lightrft.engines.vllm_memory import forget_pools
 from lightrft.engines.vllm_requests import Answer
+from lightrft.media import MediaError
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.random_state import random_state, set_random_state
 from lightrft.samples import Prompt, Response, Sampling
@@ -101,15 +104,18 @@ class VLLMEngine(CheckedEngine):
         model = build(config, self._wanted_dtype, torch.device("meta"))
         self._manifest = VLLMManifest(model)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
-        _write_folder(Path(self._folder.name), model, tokenizer)
+        _write_folder(Path(self._folder.name), model, self._processor or tokenizer)
         try:
             self._llm = self._make(self._arguments(model))
         except Exception as error:
             self._folder.cleanup()
             raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
-        self._manifest.together = self._in_worker(vllm_weights.kept_together, list(self._manifest.named))
-        self.in_float8 = self._in_worker(vllm_weights.in_float8, list(self._manifest.named))
+        manifest = self._manifest
+        manifest.names = self._in_worker(vllm_weights.known_names, checkpoint_names(model, manifest.named))
+        manifest.together = self._in_worker(vllm_weights.kept_together, manifest.names)
+        self.dropped = self._in_worker(vllm_weights.dropped, manifest.names)
+        self.in_float8 = self._in_worker(vllm_weights.in_float8, manifest.names)
 
     def _make(self, arguments: dict[str, Any]) -> Any:
         """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""
@@ -127,7 +133,7 @@ class VLLMEngine(CheckedEngine):
     def _arguments(self, model: Any) -> dict[str, Any]:
         own = {
             "model": self._folder.name,
-            "load_format": "dummy",
+            "load_format": load_format(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": "fp8_per_channel" if self._quantization else None,
             "enable_sleep_mode": self._device.type != "cpu",
@@ -136,6 +142,8 @@ class VLLMEngine(CheckedEngine):
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # what the folder recommends would change the distribution behind our back
             "skip_tokenizer_init": model.config.get_text_config() is model.config,
+            # A prompt is processed once for all of its responses; kept longer, its pixels would fill the host's memory.
+            "mm_processor_cache_gb": 0,
             "disable_log_stats": True,
             "seed": 0,
             **self._settings,
@@ -164,9 +172,10 @@ class VLLMEngine(CheckedEngine):
         stops: Sequence[str],
         stop_ids: frozenset[int],
     ) -> list[list[Response]]:
-        asked: list[dict[str, Any]] = []
-        for prompt, own in zip(prompts, seeds):
-            asked += [requests.request(prompt)] * len(own)
+        asked: list[Any] = []
+        with _undisturbed():
+            for prompt, own in zip(prompts, seeds):
+                asked += [self._rendered(prompt, sampling)] * len(own)
         params = requests.sampling_params(sampling, [seed for own in seeds for seed in own], stop_ids, bool(stops))
         answers = self._run(asked, params, stops)
         return requests.responses(prompts, sampling, seeds, answers, stops, self._detokenizer, self.weight_version)
@@ -175,20 +184,43 @@ class VLLMEngine(CheckedEngine):
         scored = [index for index, sequence in enumerate(sequences) if len(sequence) > 1]
         for index in scored:
             self._check_ids(sequences[index], f"sequence {index}", 1)  # vLLM scores while it draws one more
-        asked = [{"prompt_token_ids": sequences[index].tolist()} for index in scored]
+        with _undisturbed():
+            asked = [self._render(requests.request(sequences[index])) for index in scored]
         answers = self._run(asked, [requests.scoring_params()] * len(asked), ())
         found = {index: answer.prompt_log_probs for index, answer in zip(scored, answers)}
         return [found.get(index, torch.zeros(0)) for index in range(len(sequences))]
 
+    def _rendered(self, prompt: Prompt, sampling: Sampling) -> Any:
+        """A prompt as vLLM computes it: its media decoded and processed, once for all of its responses.
+
+        Raises:
+            MediaError: media that cannot be read, or that vLLM refuses; names the prompt.
+            ValueError: longer than the model's context, once placeholders are expanded; names it.
+        """
+        if self._media is None or not prompt.media:
+            return self._render(requests.request(prompt.token_ids))
+        asked = requests.request(prompt.token_ids, self._media.decoded(prompt))
+        try:
+            rendered = self._render(asked)
+        except Exception as error:  # processors raise what they like
+            raise MediaError(f"Prompt {prompt.uid!r}: vLLM refuses its media: {error}") from error
+        self._check_length(len(rendered["prompt_token_ids"]), f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
+        return rendered
+
+    def _render(self, asked: dict[str, Any]) -> Any:
+        return self._llm.llm_engine.renderer.render_cmpl([asked])[0]
+
     def _run(self, asked: Sequence[Any], params: Sequence[Any], stops: Sequence[str]) -> list[Answer]:
-        """Let vLLM work until every request has ended; answers in their order."""
+        """Let vLLM work until every rendered request has ended; answers in their order."""
         if not asked:
             return []
         engine = self._llm.llm_engine
         with _undisturbed():
-            names = self._llm.enqueue(list(asked), list(params), use_tqdm=False)
-            answers = {_external(name): Answer(stops, self._detokenizer) for name in names}
+            answers: dict[str, Answer] = {}
             try:
+                for one, its_params in zip(asked, params):
+                    name = engine.add_request(str(next(self._llm.request_counter)), one, its_params)
+                    answers[_external(name)] = Answer(stops, self._detokenizer)
                 while engine.has_unfinished_requests():
                     mark()
                     for step in engine.step():
@@ -215,11 +247,12 @@ class VLLMEngine(CheckedEngine):
         engine = self._llm.llm_engine
         if not engine.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache, which holds states of old weights.")
-        engine.reset_mm_cache()
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        return self._in_worker(vllm_weights.fingerprints, self._manifest.held(names))
+        held = self._manifest.held(names)
+        found = self._in_worker(vllm_weights.fingerprints, list(held.values()))
+        return {name: found[one] for name, one in held.items()}
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":

@@ -15,11 +15,13 @@ class VLLMManifest(Manifest):
     """The weights of ``model``, as vLLM wants them.
 
     Attributes:
-        together: by name, what vLLM holds as one; known once it holds the model.
+        names: what vLLM calls each weight, by its name in memory; known once it holds the model, like the next.
+        together: by name, what vLLM holds as one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.names: Mapping[str, str] = {name: name for name in self.named}
         self.together: Mapping[str, Sequence[str]] = {}
 
     def whole_layers(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -38,18 +40,21 @@ class VLLMManifest(Manifest):
             mark()
             seen.add(name)
             for one in self.tied(name):
-                yield one, tensor
+                yield self.names[one], tensor
         for name in seen:
             lacking = [other for other in self.together.get(name, []) if other not in seen]
             if lacking:
                 raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
 
-    def held(self, names: Sequence[str]) -> list[str]:
-        """``names``, each of a weight or, with ``_scale`` behind it, of the scales of one in 8 bits.
+    def held(self, names: Sequence[str]) -> dict[str, str]:
+        """What vLLM calls each of ``names``: of a weight or, with ``_scale`` behind it, of the scales of one in 8 bits.
 
         Raises:
-            EngineError: there is none of that name.
+            EngineError: there is no weight of that name.
         """
+        found = {}
         for name in names:
-            self.find(name.removesuffix("_scale"))
-        return list(names)
+            weight = name.removesuffix("_scale")  # scales are no weight of the actor's
+            self.find(weight)
+            found[name] = self.names[weight] + name[len(weight) :]
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,13 +69,15 @@ def scoring_params() -> Any:
     return SamplingParams(**SCORING, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
-def request(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as vLLM takes it: token ids, and media by kind."""
-    asked: dict[str, Any] = {"prompt_token_ids": prompt.token_ids.tolist()}
-    if prompt.media:
-        kinds = {"image": prompt.media.images, "audio": prompt.media.audios, "video": prompt.media.videos}
-        asked["multi_modal_data"] = {kind: list(items) for kind, items in kinds.items() if items}
-    return asked
+def request(token_ids: Tensor, media: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A prompt as vLLM takes it.
+
+    Args:
+        token_ids: one placeholder for each of the media, which vLLM expands.
+        media: decoded, by kind (``image``, ``audio``).
+    """
+    asked: dict[str, Any] = {"prompt_token_ids": token_ids.tolist()}
+    return {**asked, "multi_modal_data": dict(media)} if media else asked
 
 
 def flat(log_probs: Any) -> list[float]:

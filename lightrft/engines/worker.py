@@ -99,16 +99,20 @@ class Worker:
             failure = Failure.of(error)
         return Answer(result, failure, self._engine.dtype, self._engine.weight_version)
 
-    def _start(self, engine: bytes, device: torch.device, threads: int) -> frozenset[str]:
-        from transformers import AutoConfig, AutoTokenizer
+    def _start(self, engine: bytes, device: torch.device, threads: int) -> tuple[frozenset[str], frozenset[str]]:
+        """What the engine does not keep as it is pushed: ``in_float8`` and ``dropped``."""
+        import transformers
 
         torch.set_num_threads(threads)
         self._device = device
         self._engine = pickle.loads(engine)
-        config = AutoConfig.from_pretrained(self._folder / "config", local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
-        self._engine.start(config, tokenizer, device)
-        return self._engine.in_float8
+        config = transformers.AutoConfig.from_pretrained(self._folder / "config", local_files_only=True)
+        folder = self._folder / "tokenizer"
+        auto: Any = transformers.AutoTokenizer
+        if (folder / "processor_config.json").exists():
+            auto = transformers.AutoProcessor
+        self._engine.start(config, auto.from_pretrained(folder, local_files_only=True), device)
+        return self._engine.in_float8, self._engine.dropped
 
     def _push(
         self, method: str, first: tuple[Any, ...], version: int, size: int, key: bytes | None, buckets: int

@@ -1,3 +1,4 @@
 import pytest
 
-pytest.register_assert_rewrite(f"{__name__}.contract")
+for name in ("contract", "media_contract"):
+    pytest.register_assert_rewrite(f"{__name__}.{name}")

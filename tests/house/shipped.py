@@ -25,6 +25,7 @@ FLOORS = {
     "lightrft.samples": 0,
     "lightrft.whereabouts": 0,
     "lightrft.algorithms": 1,
+    "lightrft.media": 1,
     "lightrft.ops": 1,
     "lightrft.analysis": 2,
     "lightrft.data": 2,

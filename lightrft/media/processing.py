@@ -1,0 +1,179 @@
+"""What a model's processor makes of a prompt's media: placeholder tokens and features, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightrft.media.references import MediaError, audio, described, image
+from lightrft.samples import Prompt
+
+Made = TypeVar("Made")
+
+# Kind of media -> what transformers and vLLM call one of it.
+_PARTS = {"images": "image", "audios": "audio", "videos": "video"}
+_PER_TOKEN = "token_type_ids"  # ends the names of what a processor says of every token
+
+
+@dataclass(eq=False)
+class MediaItem:
+    """One image or audio as its model takes it.
+
+    Attributes:
+        token_ids: int64 ``[N]``, what stands in the sequence in place of its placeholder.
+        token_types: int64 ``[N]`` by name: what the processor says of each of them (``mm_token_type_ids``).
+        features: tensors by the name of the model's argument, whose first dimensions are this item's alone.
+    """
+
+    token_ids: Tensor
+    token_types: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt as its model takes it.
+
+    Attributes:
+        token_ids: int64 ``[L]``, those of the prompt with each placeholder expanded.
+        token_types: int64 ``[L]`` by name, zero on text; empty where the prompt has no media.
+        items: in the order of the prompt's media, kind by kind.
+    """
+
+    token_ids: Tensor
+    token_types: dict[str, Tensor] = field(default_factory=dict)
+    items: list[MediaItem] = field(default_factory=list)
+
+
+def features(items: Iterable[MediaItem]) -> dict[str, Tensor]:
+    """What a model takes beside the tokens, for items in the order in which they stand in its rows.
+
+    Raises:
+        MediaError: features that differ in more than their first dimension, so that they cannot be joined.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for item in items:
+        for name, tensor in item.features.items():
+            found.setdefault(name, []).append(tensor)
+    for name, tensors in found.items():
+        if len(shapes := {tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
+            raise MediaError(f"{name} of several items have shapes {sorted(shapes)} each; they cannot be joined.")
+    return {name: torch.cat(tensors) for name, tensors in found.items()}
+
+
+class MediaProcessor:
+    """Reads the media of prompts with one model's processor. Nothing is kept: what is read twice is decoded twice.
+
+    Each item is processed by itself, as if it were the prompt's only one.
+
+    Args:
+        processor: ``ProcessorMixin`` of the model, with its tokenizer inside.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._name = type(processor).__name__
+        self._tokens: dict[str, Any] = {}
+        self._ids: dict[str, int] = {}
+        tokenizer = processor.tokenizer
+        for kind, part in _PARTS.items():
+            token = getattr(processor, f"{part}_token", None)
+            index = None if token is None else tokenizer.convert_tokens_to_ids(token)
+            if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
+                self._tokens[kind], self._ids[kind] = token, index
+
+    def check(self, prompt: Prompt) -> None:
+        """That every item has its placeholder, and that the model takes such items.
+
+        Raises:
+            MediaError: names the prompt.
+        """
+        for kind, part in _PARTS.items():
+            given = len(getattr(prompt.media, kind))
+            if given and (kind not in self._tokens or kind == "videos"):
+                reads = "no video yet" if kind == "videos" else f"no {kind}: {self._name} has no token for them"
+                raise MediaError(f"Prompt {prompt.uid!r} has {given} {kind}, but LightRFT reads {reads}.")
+            wanted = int((prompt.token_ids == self._ids[kind]).sum()) if kind in self._ids else 0
+            if wanted != given:
+                raise MediaError(
+                    f"Prompt {prompt.uid!r} has {given} {kind}, but {wanted} of the placeholders "
+                    f"{self._tokens[kind]!r}; token_ids must have one for each {part}, not expanded."
+                )
+
+    def decoded(self, prompt: Prompt) -> dict[str, list[Any]]:
+        """``image`` and ``audio`` to RGB ``PIL`` images and to ``(float32 array [N], rate)``.
+
+        Raises:
+            MediaError: an item that cannot be read; names the prompt, the item and why.
+        """
+        found: dict[str, list[Any]] = {}
+        for kind, one in self._each(prompt, self._decoded):
+            found.setdefault(_PARTS[kind], []).append(one)
+        return found
+
+    def read(self, prompt: Prompt) -> Reading:
+        """Decode and process a prompt's media, and expand their placeholders.
+
+        Raises:
+            MediaError: as :meth:`check`, or an item that cannot be read or that the processor refuses.
+        """
+        self.check(prompt)
+        items: dict[str, list[MediaItem]] = {}
+        for kind, item in self._each(prompt, self._item):
+            items.setdefault(kind, []).append(item)
+        if not items:
+            return Reading(prompt.token_ids)
+        pieces = list(self._pieces(prompt.token_ids, items))
+        names = {name for piece in pieces for name in piece.token_types}
+        zeros = [torch.zeros_like(piece.token_ids) for piece in pieces]
+        types = {
+            name: torch.cat([piece.token_types.get(name, zero) for piece, zero in zip(pieces, zeros)]) for name in names
+        }
+        ids = torch.cat([piece.token_ids for piece in pieces])
+        return Reading(ids, types, [item for own in items.values() for item in own])
+
+    def _pieces(self, token_ids: Tensor, items: dict[str, list[MediaItem]]) -> Iterator[MediaItem]:
+        """Items, each where its placeholder stands, and the text between them."""
+        waiting = {self._ids[kind]: iter(own) for kind, own in items.items()}
+        done = 0
+        for at in torch.isin(token_ids, torch.tensor(list(waiting))).nonzero()[:, 0].tolist():
+            yield MediaItem(token_ids[done:at], {}, {})
+            yield next(waiting[int(token_ids[at])])
+            done = at + 1
+        yield MediaItem(token_ids[done:], {}, {})
+
+    def _each(self, prompt: Prompt, make: Callable[[str, Any], Made]) -> Iterator[tuple[str, Made]]:
+        for kind, part in _PARTS.items():
+            for index, reference in enumerate(getattr(prompt.media, kind)):
+                try:
+                    made = make(kind, reference)
+                except Exception as error:  # processors raise what they like
+                    says = f"Prompt {prompt.uid!r}: {part} {index} ({described(reference)}) cannot be used: {error}"
+                    raise (ImportError if isinstance(error, ImportError) else MediaError)(says) from error
+                yield kind, made
+
+    def _decoded(self, kind: str, reference: Any) -> Any:
+        if kind == "images":
+            return image(reference)
+        return audio(reference, self._rate).numpy(), self._rate
+
+    def _item(self, kind: str, reference: Any) -> MediaItem:
+        decoded = self._decoded(kind, reference)
+        given = {"images": [decoded]} if kind == "images" else {"audio": [decoded[0]], "sampling_rate": decoded[1]}
+        made = dict(self._processor(text=[self._tokens[kind]], add_special_tokens=False, return_tensors="pt", **given))
+        token_ids = made.pop("input_ids")[0]
+        made.pop("attention_mask", None)
+        return MediaItem(
+            token_ids=token_ids,
+            token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(_PER_TOKEN)},
+            features={name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)},
+        )
+
+    @property
+    def _rate(self) -> int:
+        heard = getattr(self._processor, "audio_processor", None) or self._processor.feature_extractor
+        return int(heard.sampling_rate)

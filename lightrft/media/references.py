@@ -1,0 +1,147 @@
+"""What a reference to an image or to audio holds; nothing is ever fetched over a network."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+import warnings
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import torch
+from torch import Tensor
+
+from lightrft.media.sound import from_wav, resampled
+
+_DATA_URI = re.compile(r"data:[^,]*?(?P<base64>;base64)?,(?P<data>.*)", re.DOTALL)
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+# Of one channel, and the colours of others: what an 8-bit RGB image can hold. Deeper ones would be clipped.
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+
+
+class MediaError(ValueError):
+    """An image or audio that cannot be used. The message names the prompt, the item and why."""
+
+
+def image(reference: Any) -> Any:
+    """The RGB image that a reference stands for, turned upright, on white where it is transparent.
+
+    Args:
+        reference: a path, the bytes of a file, a data URI, or a ``PIL`` image.
+
+    Raises:
+        MediaError: it cannot be read, or holds more than 8 bits a channel, or several frames.
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError(f"Images need Pillow ({error}); pip install 'lightning-rft[vision]'.") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened: Any = reference if isinstance(reference, Image.Image) else Image.open(_file(reference))
+            # Phones write previews and depth maps behind a photograph, as MPO.
+            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
+                raise MediaError(f"it has {opened.n_frames} frames; give the one that is meant")
+            if opened.mode not in _MODES:
+                raise MediaError(f"its mode is {opened.mode}, deeper than 8 bits a channel; convert it to RGB")
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            if "transparency" in upright.info or upright.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+                coloured = upright.convert("RGBA")
+                white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+                return Image.alpha_composite(white, coloured).convert("RGB")
+            return upright.convert("RGB")
+    except MediaError:
+        raise
+    # Decoders raise what they like on broken files: SyntaxError, struct.error, a bomb's own.
+    except Exception as error:
+        raise MediaError(f"{type(error).__name__}: {error}") from error
+
+
+def audio(reference: Any, rate: int) -> Tensor:
+    """The sound that a reference stands for: float32 ``[N]`` at ``rate`` samples a second, its channels averaged.
+
+    Args:
+        reference: a path, the bytes of a file, a data URI, or samples ``[N]`` with their rate, ``(samples, rate)``.
+            WAV files with whole numbers are read by the standard library, all others by ``soundfile``.
+        rate: what the model hears.
+
+    Raises:
+        MediaError: it cannot be read, is empty, or not finite.
+        ImportError: ``soundfile`` is needed and not installed.
+    """
+    try:
+        samples, own_rate = _samples(reference)
+    except (MediaError, ImportError):
+        raise
+    except Exception as error:
+        raise MediaError(f"{type(error).__name__}: {error}") from error
+    if samples.ndim != 1 or len(samples) == 0:
+        raise MediaError(f"its samples have shape {list(samples.shape)}; they must be one channel, not empty")
+    if not bool(samples.isfinite().all()):
+        raise MediaError("it has samples that are not finite")
+    if own_rate < 1:
+        raise MediaError(f"its rate is {own_rate}; it must be at least 1 sample a second")
+    return resampled(samples, own_rate, rate)
+
+
+def described(reference: Any) -> str:
+    """A reference in a few words, for messages."""
+    if isinstance(reference, (bytes, bytearray)):
+        return f"{len(reference)} bytes"
+    text = os.fspath(reference) if isinstance(reference, os.PathLike) else reference
+    if not isinstance(text, str):
+        return f"a {type(reference).__name__}"
+    return f"a data URI of {len(text)} characters" if text.startswith("data:") else repr(text[:200])
+
+
+def _samples(reference: Any) -> tuple[Tensor, int]:
+    if isinstance(reference, tuple):
+        samples, rate = reference
+        return torch.as_tensor(samples).detach().cpu().to(torch.float32), int(rate)
+    file = _file(reference)
+    found = from_wav(file)
+    if found is not None:
+        return found
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError(
+            f"Audio other than WAV with whole numbers needs soundfile ({error}); pip install 'lightning-rft[audio]'."
+        ) from error
+    file.seek(0)
+    samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    return torch.from_numpy(samples).mean(1), int(rate)
+
+
+def _file(reference: Any) -> io.BytesIO:
+    """All bytes of a reference."""
+    if isinstance(reference, (bytes, bytearray)):
+        return io.BytesIO(reference)
+    if not isinstance(reference, (str, os.PathLike)):
+        raise MediaError(f"a {type(reference).__name__} is no reference; give a path, bytes or a data URI")
+    name = os.fspath(reference)
+    if isinstance(name, str) and name.startswith("data:"):
+        return io.BytesIO(_inside(name))
+    if isinstance(name, str) and _URL.match(name):
+        raise MediaError("URLs are not fetched; download the file and give its path")
+    with open(name, "rb") as file:
+        return io.BytesIO(file.read())
+
+
+def _inside(uri: str) -> bytes:
+    found = _DATA_URI.fullmatch(uri)
+    if found is None:
+        raise MediaError("the data URI has no comma before its data")
+    data = unquote_to_bytes(found["data"])
+    if not found["base64"]:
+        return data
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise MediaError(f"the data URI is not base64: {error}") from error

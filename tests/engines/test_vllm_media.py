@@ -1,0 +1,67 @@
+"""VLLMEngine holds the contract of engines that read media, on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from lightrft.engines import OwnProcess, VLLMEngine
+
+from .media_contract import MediaContract
+
+pytest.importorskip("vllm")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's models that see need torchvision"),
+]
+
+
+class OnTheCPU(MediaContract):
+    make = staticmethod(lambda: VLLMEngine(dtype="float32", enforce_eager=True))
+
+
+class OnTheGPU(MediaContract):
+    tolerance = 2e-3
+    device = torch.device("cuda")
+    make = staticmethod(lambda: VLLMEngine(dtype="float32", enforce_eager=True, gpu_memory_utilization=0.2))
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM is built for the GPU")
+
+
+@on_cpu
+class TestLlava(OnTheCPU):
+    family = "llava"
+
+
+@on_cpu
+class TestLlavaInAProcessOfItsOwn(OnTheCPU):
+    family = "llava"
+    make = staticmethod(lambda: OwnProcess(VLLMEngine(dtype="float32", enforce_eager=True)))
+
+
+@on_cpu
+class TestQwenVL(OnTheCPU):
+    family = "qwen2_5_vl"
+
+
+@on_cpu
+class TestQwenAudio(OnTheCPU):
+    family = "qwen2_audio"
+
+
+@pytest.mark.gpu
+class TestLlavaOnTheGPU(OnTheGPU):
+    family = "llava"
+
+
+@pytest.mark.gpu
+class TestQwenVLOnTheGPU(OnTheGPU):
+    family = "qwen2_5_vl"
+
+
+@pytest.mark.gpu
+class TestQwenAudioOnTheGPU(OnTheGPU):
+    family = "qwen2_audio"
