@@ -334,7 +334,7 @@ def main() -> None:
         "--workloads",
         nargs="+",
         default=["fixed", "tail"],
-        help="512 tokens each; ends drawn once in 256, 1024 at most",
+        help="512 tokens each; one in 256 ends, 1024 at most",
     )
     parser.add_argument(
         "--ways", nargs="+", default=["ours", "raw", "seeded"], help="raw: vLLM's generate, n=8; seeded: a seed each"
