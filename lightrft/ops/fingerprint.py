@@ -17,11 +17,11 @@ from lightrft.ops.shard import Shard
 
 # The weight of position p is columns[p % _ROW] * rows[p // _ROW]: two small tables, which stay in cache, instead of a
 # number for every position. Integers have odd ones, whose product is odd: any change of one of them is seen.
-# Elements of two integers have rows of twice as many of these.
+# A row of elements that are two integers each has twice as many of these.
 _ROW = 1 << 10
 # Elements at a time, each 8 bytes of temporary memory: few launches on a GPU, on a CPU what its cache holds.
 _CHUNK, _CPU_CHUNK = 1 << 24, 1 << 17
-_CELLS = 64
+_CELLS = 64  # zeros made at a time for the kernel to add to
 # Eight bytes are two values: sums modulo 2^64 would lose what only their highest bits say.
 _INTEGER_VIEW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
@@ -48,7 +48,7 @@ class Fingerprint:
 class Fingerprints:
     """Of many tensors: each is taken on its own device at once, and all are read from there together.
 
-    To read one waits for the device, and a model has hundreds.
+    To read one waits for the device, and a model has hundreds. Of CUDA's streams, use one for all.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Fingerprints:
         flat = tensor.detach().contiguous().view(-1)
         bits = flat.view(_INTEGER_VIEW[flat.element_size()])
         integers = max(1, flat.element_size() // bits.element_size())  # of each element
-        kernel = _kernel(flat.device) if shard is None else None
+        kernel = kernel_on(flat.device) if shard is None else None
         if kernel is not None and kernel.takes(flat):
             checksum, projection = self._cell(flat.device)
             columns, rows = _tables(flat.numel(), torch.int64, integers, flat.device)
@@ -117,8 +117,8 @@ def _numbers(scalars: list[Tensor]) -> list[Any]:
 
 
 @lru_cache
-def _kernel(device: torch.device) -> ModuleType | None:
-    """The module of the kernel, where it works."""
+def kernel_on(device: torch.device) -> ModuleType | None:
+    """The module of the kernel, which takes a whole tensor in one launch; ``None`` where it does not work."""
     if device.type != "cuda":
         return None
     try:

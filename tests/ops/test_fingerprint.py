@@ -91,8 +91,8 @@ def test_without_triton_a_gpu_takes_torch_and_says_so(monkeypatch):
     monkeypatch.delitem(sys.modules, "lightrft.ops.fingerprint_kernel", raising=False)
     monkeypatch.delattr("lightrft.ops.fingerprint_kernel", raising=False)
     with pytest.warns(UserWarning, match="take longer on cuda:0, where Triton does not work"):
-        assert module._kernel.__wrapped__(torch.device("cuda:0")) is None
-    assert module._kernel(torch.device("cpu")) is None
+        assert module.kernel_on.__wrapped__(torch.device("cuda:0")) is None
+    assert module.kernel_on(torch.device("cpu")) is None
 
 
 def test_negative_zero_is_not_zero():

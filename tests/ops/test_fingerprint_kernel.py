@@ -26,7 +26,7 @@ SIZES = [0, 1, 7, 1023, 1024, 1025, 9 * 1024, 20_001]
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch) -> torch.device:
     """On which all whole tensors are the kernel's."""
-    monkeypatch.setattr(module, "_kernel", lambda device: kernel)
+    monkeypatch.setattr(module, "kernel_on", lambda device: kernel)
     return torch.device(request.param)
 
 
@@ -43,7 +43,7 @@ def sample(dtype: torch.dtype, numel: int, device: torch.device) -> torch.Tensor
 
 def by_torch(tensor: torch.Tensor) -> Fingerprint:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_kernel", lambda device: None)
+        patch.setattr(module, "kernel_on", lambda device: None)
         return fingerprint(tensor)
 
 
@@ -98,7 +98,7 @@ def test_a_dtype_that_the_kernel_does_not_know_is_taken_by_torch(device):
 
 @pytest.mark.gpu
 def test_a_gpu_takes_the_kernel_by_itself():
-    assert module._kernel(torch.ones(1).cuda().device) is kernel
+    assert module.kernel_on(torch.ones(1).cuda().device) is kernel
 
 
 @pytest.mark.gpu
