@@ -128,7 +128,7 @@ def kernel_on(device: torch.device) -> ModuleType | None:
         tried = torch.ones(1, dtype=torch.bfloat16, device=device)
         fingerprint_kernel.add_sums(tried, *_tables(1, torch.int64, 1, device), _ROW, *sums)
     except Exception as error:  # no Triton, no C compiler for its launcher, no Python.h, a GPU that it does not know
-        warnings.warn(f"Fingerprints take longer on {device}, where Triton does not work: {error!r}", stacklevel=4)
+        warnings.warn(f"Fingerprints take longer on {device}, where Triton does not work: {error!r}", stacklevel=3)
         return None
     return fingerprint_kernel
 

@@ -51,6 +51,9 @@ FLOORS = {
     "lightrft.__main__": 5,
 }
 
+# Written in Triton, which only torch's CUDA builds bring: imported where they run, and nowhere else.
+KERNELS = {"lightrft.ops.fingerprint_kernel"}
+
 
 def shipped_files() -> dict[str, Path]:
     """Path inside the wheel -> file in the tree, for every file of the shipped folders."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions, requires
 
 from absence import import_without
-from shipped import PYPROJECT, Import, distributions, floor_of, imports_of, normalized, shipped_modules
+from shipped import KERNELS, PYPROJECT, Import, distributions, floor_of, imports_of, normalized, shipped_modules
 
 import lightrft
 
@@ -39,7 +39,8 @@ def providers(found: Import) -> set[str]:
 
 def third_party() -> Iterator[tuple[str, Import]]:
     known = sys.stdlib_module_names | {"lightrft"}
-    return ((module, found) for module, found in all_imports() if found.top not in known)
+    imports = ((module, found) for module, found in all_imports() if found.top not in known)
+    return ((module, found) for module, found in imports if module not in KERNELS or found.top != "triton")
 
 
 def listed(faults: Iterator[tuple[str, Import]]) -> list[str]:
@@ -104,6 +105,13 @@ def test_optional_packages_are_imported_where_they_are_used():
     assert listed((m, found) for m, found in third_party() if not found.deferred and providers(found) & OPTIONAL) == []
 
 
+def test_kernels_are_imported_where_they_run():
+    assert (
+        listed((module, found) for module, found in all_imports() if found.module in KERNELS and not found.deferred)
+        == []
+    )
+
+
 def test_every_package_imported_is_one_that_the_distribution_asks_for():
     # What a core dependency itself always needs is there too: numpy, PyYAML, tokenizers, ...
     through_core = {need for name in CORE for need in requires(name) or [] if "extra ==" not in need}
@@ -113,7 +121,7 @@ def test_every_package_imported_is_one_that_the_distribution_asks_for():
 
 def test_floors_0_to_3_import_without_a_gpu_and_without_optional_packages(tmp_path):
     # accelerate comes with peft, never with us.
-    modules = [module for module, floor in FLOOR.items() if floor <= 3]
+    modules = [module for module, floor in FLOOR.items() if floor <= 3 and module not in KERNELS]
     absent = (OPTIONAL | {"accelerate"}) - {"setuptools"}
     faults = import_without(absent, modules, tmp_path)
     assert not faults, "\n".join(faults.values())
@@ -121,7 +129,7 @@ def test_floors_0_to_3_import_without_a_gpu_and_without_optional_packages(tmp_pa
 
 def test_floors_0_and_1_import_with_torch_alone(tmp_path):
     # numpy stays: torch does not ask for it, but takes it where it is.
-    modules = [module for module, floor in FLOOR.items() if floor <= 1]
+    modules = [module for module, floor in FLOOR.items() if floor <= 1 and module not in KERNELS]
     faults = import_without(INSTALLED - with_needs("torch") - {"numpy", "lightning-rft"}, modules, tmp_path)
     assert not faults, "\n".join(faults.values())
 
