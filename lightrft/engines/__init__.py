@@ -10,15 +10,26 @@ from lightrft.engines.group import EngineGroup
 
 if TYPE_CHECKING:
     from lightrft.engines.own_process import OwnProcess
+    from lightrft.engines.remote_engine import RemoteEngine
     from lightrft.engines.sglang_engine import SGLangEngine
     from lightrft.engines.transformers_engine import TransformersEngine
     from lightrft.engines.vllm_engine import VLLMEngine
 
-__all__ = ["Engine", "EngineError", "EngineGroup", "OwnProcess", "SGLangEngine", "TransformersEngine", "VLLMEngine"]
+__all__ = [
+    "Engine",
+    "EngineError",
+    "EngineGroup",
+    "OwnProcess",
+    "RemoteEngine",
+    "SGLangEngine",
+    "TransformersEngine",
+    "VLLMEngine",
+]
 
 # Imported on first use: an engine's libraries take seconds to import, and a run uses one engine.
 _ENGINES = {
     "OwnProcess": "lightrft.engines.own_process",
+    "RemoteEngine": "lightrft.engines.remote_engine",
     "SGLangEngine": "lightrft.engines.sglang_engine",
     "TransformersEngine": "lightrft.engines.transformers_engine",
     "VLLMEngine": "lightrft.engines.vllm_engine",

@@ -51,6 +51,7 @@ def packed(tensors: Iterable[tuple[str, Tensor]], buckets: Sequence[Tensor]) -> 
                 turn, used, pieces = turn + 1, 0, []
             if start == len(data):
                 break
+        del tensor, data  # before the next one is made
     if pieces:
         yield pieces
 
@@ -66,7 +67,6 @@ def unpacked(
         buckets: those of :func:`packed`.
     """
     turn = 0
-    tensor = torch.empty(0)
     while (pieces := receive()) is not None:
         bucket = buckets[turn % len(buckets)]
         for piece in pieces:
@@ -76,6 +76,7 @@ def unpacked(
             data[piece.start : piece.start + piece.size].copy_(bucket[piece.at : piece.at + piece.size])
             if piece.start + piece.size == len(data):
                 yield piece.name, tensor
+                del tensor, data  # before the next one is made
         done()
         turn += 1
 

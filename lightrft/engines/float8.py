@@ -19,5 +19,6 @@ def per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
         float8_e4m3fn ``[N, K]`` and float32 ``[N]``, whose product is the weight; the bits that vLLM's kernel gives.
     """
     values = weight.float()
-    scale = (values.abs().amax(-1) / _LARGEST).clamp_(min=_SMALLEST_SCALE)
+    # By a tensor: by a number torch multiplies with the reciprocal, which rounds otherwise.
+    scale = (values.abs().amax(-1) / torch.tensor(_LARGEST, device=weight.device)).clamp_(min=_SMALLEST_SCALE)
     return (values / scale[:, None]).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale

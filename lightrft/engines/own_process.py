@@ -126,18 +126,6 @@ class OwnProcess(Engine):
     def fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
         return self._call("fingerprint", list(names))
 
-    def expected(self, name: str, tensor: Tensor) -> Fingerprint:
-        if type(self.engine).expected is Engine.expected:
-            return super().expected(name, tensor)
-        result: Fingerprint = self._call("expected", name, tensor)
-        return result
-
-    def kept_together(self, name: str) -> list[str]:
-        if type(self.engine).kept_together is Engine.kept_together:
-            return super().kept_together(name)
-        result: list[str] = self._call("kept_together", name)
-        return result
-
     def sleep(self, level: int = 1) -> None:
         self._call("sleep", level)
 

@@ -154,8 +154,7 @@ class EngineProcess:
                 answer = self.ask("close")
         except EngineError:  # it had died, or does so now
             return None
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_SECONDS_TO_LEAVE)
+        self._awaited_exit_code(_SECONDS_TO_LEAVE)
         self._bury("was closed")
         return answer
 
@@ -184,19 +183,23 @@ class EngineProcess:
             return None
         return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
+    def _awaited_exit_code(self, seconds: float) -> int | None:
+        until = time.monotonic() + seconds
+        while (code := self._exit_code()) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        return code
+
     def _death(self) -> str:
         """How it ended; the connection says so a little earlier than the kernel."""
         if self._closing:
             return "was closed"
-        until = time.monotonic() + _SECONDS_TO_DIE
-        while (code := self._exit_code()) is None and time.monotonic() < until:
-            time.sleep(0.01)
+        code = self._awaited_exit_code(_SECONDS_TO_DIE)
         if code is None:
             return "closed its connection"
         if code >= 0:
             return f"ended with exit code {code}"
         name = signal.Signals(-code).name
-        likely = " (the kernel's, when memory runs out)" if -code == signal.SIGKILL else ""
+        likely = " (the kernel's, if memory ran out)" if -code == signal.SIGKILL else ""
         return f"was killed by {name}{likely}"
 
     def _bury(self, how: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Requests:
         seed: int64 ``[B]``.
         position: int64 ``[B]``, which number of the seed's stream to take.
         truncated: whether any request has a ``top_k``, ``top_p`` or ``min_p`` that drops tokens.
-        greedy: whether all take their likeliest token.
+        greedy: whether every request has a ``top_k`` of 1: it takes the likeliest token, the first among equals.
     """
 
     temperature: Tensor
@@ -39,15 +39,16 @@ class Requests:
 
 
 def hot(requests: Requests, now: Tensor, temperature: Tensor, top_k: Tensor) -> Requests:
-    """Requests of which those where bool ``now`` ``[B]`` is set draw by FIRE's temperature and top-k instead."""
-    return Requests(
+    """Requests of which those where bool ``now`` ``[B]`` is set draw by FIRE's temperature and top-k instead.
+
+    Where any is, ``requests`` must be truncated and not greedy.
+    """
+    return replace(
+        requests,
         temperature=torch.where(now, temperature.to(requests.temperature), requests.temperature),
         top_k=torch.where(now, top_k.to(requests.top_k), requests.top_k),
         top_p=torch.where(now, 1.0, requests.top_p),
         min_p=torch.where(now, 0.0, requests.min_p),
-        seed=requests.seed,
-        position=requests.position,
-        truncated=True,
     )
 
 
@@ -58,8 +59,9 @@ def draw(logits: Tensor, requests: Requests) -> tuple[Tensor, Tensor]:
         logits: float ``[B, V]``; left as they are.
         requests: how.
     """
+    likeliest, certain = logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     if requests.greedy:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+        return likeliest, certain
     uniform = uniforms_at(requests.seed, requests.position)
     tokens, log_probs = [], []
     rows = max(1, _LOGITS // logits.shape[1])
@@ -68,7 +70,8 @@ def draw(logits: Tensor, requests: Requests) -> tuple[Tensor, Tensor]:
         distribution = _log_probs(logits[part].float(), requests, part)
         tokens.append(inverse_cdf(distribution, uniform[part]))
         log_probs.append(distribution.gather(1, tokens[-1][:, None]).squeeze(1))
-    return torch.cat(tokens), torch.cat(log_probs)
+    greedy = requests.top_k == 1
+    return torch.where(greedy, likeliest, torch.cat(tokens)), torch.where(greedy, certain, torch.cat(log_probs))
 
 
 def uniforms_at(seeds: Tensor, positions: Tensor) -> Tensor:

@@ -141,9 +141,11 @@ class SGLangEngine(CheckedEngine):
         for prompt, own in zip(prompts, seeds):
             asked += [prompt.token_ids.tolist()] * len(own)
             params += [_sampling_params(sampling, seed, stops, stop_ids) for seed in own]
-        outputs = iter(self._run(asked, params))
+        outputs = self._run(asked, params)
+        texts = self._detokenizer.decode_all([output["output_ids"] for output in outputs])
+        drawn = iter(zip(outputs, texts))
         return [
-            [self._response(prompt, next(outputs), sampling, seed, stops, stop_ids) for seed in own]
+            [self._response(prompt, *next(drawn), sampling, seed, stops, stop_ids) for seed in own]
             for prompt, own in zip(prompts, seeds)
         ]
 
@@ -151,6 +153,7 @@ class SGLangEngine(CheckedEngine):
         self,
         prompt: Prompt,
         output: dict[str, Any],
+        text: str,
         sampling: Sampling,
         seed: int,
         stops: Sequence[str],
@@ -175,7 +178,7 @@ class SGLangEngine(CheckedEngine):
         return Response(
             token_ids=torch.tensor(tokens, dtype=torch.int64),
             log_probs=log_probs,
-            text=before_stop(self._detokenizer.decode(tokens), stops),
+            text=before_stop(text, stops),
             finish_reason="stop" if ended else "length",
             weight_version=self.weight_version,
             seed=seed,

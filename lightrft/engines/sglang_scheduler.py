@@ -48,38 +48,36 @@ def steps_file(folder: Path) -> memoryview:
 def _add_seeds(info: Any, batch: Any, vocab_size: int) -> None:
     """SGLang keeps seeds only for its own deterministic mode; the field travels with its requests all the same.
 
-    int64 ``[B, 1]``: the seed; with FIRE ``[B, 4]``: also its temperature's bits, its top-k, and the position of the
-    prompt's last token.
+    int64 ``[B, 4]``: the seed, the position of the prompt's last token or -1 without FIRE, its top-k, and the bits of
+    its temperature.
     """
     rows = []
     for request in batch.reqs:
         ours = request.sampling_params.custom_params or {}
-        row = [ours.get("seed", 0)]
+        row = [ours.get("seed", 0), -1, 1, 0]
         if ours.get("fire"):
             temperature, top_k = ours["fire"]
             bits = int(torch.tensor(temperature, dtype=torch.float64).view(torch.int64))
-            row += [bits, top_k, len(request.origin_input_ids) - 1]
+            row[1:] = [len(request.origin_input_ids) - 1, top_k, bits]
+            info.is_all_greedy, info.need_top_k_sampling = False, True
         rows.append(row)
-    info.sampling_seed = torch.tensor(rows, dtype=torch.int64).to(info.device, non_blocking=True)
+    info.sampling_seed = torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(info.device, non_blocking=True)
 
 
 def _requests(info: Any, positions: Tensor) -> request_draw.Requests:
-    """SGLang's parameters of a batch, as ours."""
-    seeds, positions = info.sampling_seed, positions.long()
-    fire = seeds.shape[1] > 1
+    """SGLang's parameters of a batch, as ours. Requests of the call before may still be among them, ended."""
+    seed, first, top_k, temperature = info.sampling_seed.unbind(1)
     requests = request_draw.Requests(
         temperature=info.temperatures.view(-1),
         top_k=info.top_ks,
         top_p=info.top_ps,
         min_p=info.min_ps,
-        seed=seeds[:, 0],
-        position=positions,
+        seed=seed,
+        position=positions.long(),
         truncated=info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling,
-        greedy=info.is_all_greedy and not fire,
+        greedy=info.is_all_greedy,
     )
-    if not fire:
-        return requests
-    return request_draw.hot(requests, positions == seeds[:, 3], seeds[:, 1].view(torch.float64), seeds[:, 2])
+    return request_draw.hot(requests, positions == first, temperature.contiguous().view(torch.float64), top_k)
 
 
 def _sampler_class() -> Any:

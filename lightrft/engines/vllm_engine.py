@@ -19,11 +19,11 @@ from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.checkpoint_names import checkpoint_names
 from lightrft.engines.hot_start import with_hot_start
-from lightrft.engines.manifest import Manifest
 from lightrft.engines.skeleton import build
-from lightrft.engines.stopping import Tail, before_stop
 from lightrft.engines.vllm_loading import load_format
+from lightrft.engines.vllm_manifest import VLLMManifest
 from lightrft.engines.vllm_memory import forget_pools
+from lightrft.engines.vllm_requests import Answer
 from lightrft.media import MediaError
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.random_state import random_state, set_random_state
@@ -37,7 +37,6 @@ _NEWER_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 _ITS_OWN = frozenset(
     ("model", "tokenizer", "load_format", "dtype", "quantization", "logprobs_mode", "enable_sleep_mode", "seed")
 )
-_TAGS: dict[WakePart, str] = {"weights": "weights", "cache": "kv_cache"}
 
 
 class VLLMEngine(CheckedEngine):
@@ -103,7 +102,7 @@ class VLLMEngine(CheckedEngine):
     def _start(self, config: Any, tokenizer: Any) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft-vllm-")
         model = build(config, self._wanted_dtype, torch.device("meta"))
-        self._manifest = Manifest(model)
+        self._manifest = VLLMManifest(model)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
         _write_folder(Path(self._folder.name), model, self._processor or tokenizer)
         try:
@@ -112,11 +111,11 @@ class VLLMEngine(CheckedEngine):
             self._folder.cleanup()
             raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
-        forms = checkpoint_names(model, self._manifest.named)
-        self._names = self._in_worker(vllm_weights.known_names, forms)
-        self.dropped = self._in_worker(vllm_weights.dropped, self._names)
-        self._together = self._in_worker(vllm_weights.kept_together, self._names)
-        self.in_float8 = self._in_worker(vllm_weights.in_float8, self._names)
+        names = self._in_worker(vllm_weights.known_names, checkpoint_names(model, self._manifest.named))
+        self._manifest.names = names
+        self._manifest.together = self._in_worker(vllm_weights.kept_together, names)
+        self.dropped = self._in_worker(vllm_weights.dropped, names)
+        self.in_float8 = self._in_worker(vllm_weights.in_float8, names)
 
     def _make(self, arguments: dict[str, Any]) -> Any:
         """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""
@@ -173,38 +172,12 @@ class VLLMEngine(CheckedEngine):
         stops: Sequence[str],
         stop_ids: frozenset[int],
     ) -> list[list[Response]]:
-        asked, params = [], []
         with _undisturbed():
             rendered = [self._rendered(prompt, sampling) for prompt in prompts]
-        for one, own in zip(rendered, seeds):
-            asked += [one] * len(own)
-            params += [requests.sampling_params(sampling, seed, stop_ids, bool(stops)) for seed in own]
-        outputs = self._run(asked, params, stops)
-        texts = self._detokenizer.decode_all([output.tokens for output in outputs])
-        drawn = iter(zip(outputs, texts))
-        return [
-            [self._response(prompt, *next(drawn), sampling, seed, stops) for seed in own]
-            for prompt, own in zip(prompts, seeds)
-        ]
-
-    def _response(
-        self, prompt: Prompt, output: _Output, text: str, sampling: Sampling, seed: int, stops: Sequence[str]
-    ) -> Response:
-        # vLLM gives a greedy token the log-prob it had before the others were ruled out.
-        log_probs = torch.tensor([0.0] * len(output.tokens) if sampling.temperature == 0 else output.log_probs)
-        if not bool(log_probs.isfinite().all()):
-            raise EngineError(
-                f"The model's logits for prompt {prompt.uid!r} are not finite under weights of version "
-                f"{self.weight_version}; training has diverged, or {self.dtype} is too narrow."
-            )
-        return Response(
-            token_ids=torch.tensor(output.tokens, dtype=torch.int64),
-            log_probs=log_probs,
-            text=before_stop(text, stops),
-            finish_reason=output.finish_reason,
-            weight_version=self.weight_version,
-            seed=seed,
-        )
+        asked = [one for one, own in zip(rendered, seeds) for _ in own]
+        params = requests.sampling_params(sampling, [seed for own in seeds for seed in own], stop_ids, bool(stops))
+        answers = self._run(asked, params, stops)
+        return requests.responses(prompts, sampling, seeds, answers, stops, self._detokenizer, self.weight_version)
 
     def _score(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         scored = [index for index, sequence in enumerate(sequences) if len(sequence) > 1]
@@ -212,8 +185,8 @@ class VLLMEngine(CheckedEngine):
             self._check_ids(sequences[index], f"sequence {index}", 1)  # vLLM scores while it draws one more
         with _undisturbed():
             asked = [self._render(requests.request(sequences[index])) for index in scored]
-        outputs = self._run(asked, [requests.scoring_params()] * len(asked), ())
-        found = {index: output.prompt_log_probs for index, output in zip(scored, outputs)}
+        answers = self._run(asked, [requests.scoring_params()] * len(asked), ())
+        found = {index: answer.prompt_log_probs for index, answer in zip(scored, answers)}
         return [found.get(index, torch.zeros(0)) for index in range(len(sequences))]
 
     def _rendered(self, prompt: Prompt, sampling: Sampling) -> Any:
@@ -236,21 +209,21 @@ class VLLMEngine(CheckedEngine):
     def _render(self, asked: dict[str, Any]) -> Any:
         return self._llm.llm_engine.renderer.render_cmpl([asked])[0]
 
-    def _run(self, asked: Sequence[Any], params: Sequence[Any], stops: Sequence[str]) -> list[_Output]:
+    def _run(self, asked: Sequence[Any], params: Sequence[Any], stops: Sequence[str]) -> list[Answer]:
         """Let vLLM work until every rendered request has ended; answers in their order."""
         if not asked:
             return []
         engine = self._llm.llm_engine
         with _undisturbed():
-            outputs: dict[str, _Output] = {}
+            answers: dict[str, Answer] = {}
             try:
                 for one, its_params in zip(asked, params):
                     name = engine.add_request(str(next(self._llm.request_counter)), one, its_params)
-                    outputs[_external(name)] = _Output(stops, self._detokenizer)
+                    answers[_external(name)] = Answer(stops, self._detokenizer)
                 while engine.has_unfinished_requests():
                     mark()
                     for step in engine.step():
-                        if outputs[step.request_id].take(step):
+                        if _take(answers[step.request_id], step):
                             engine.abort_request([step.request_id])
             except Exception as error:
                 raise EngineError(
@@ -258,28 +231,15 @@ class VLLMEngine(CheckedEngine):
                 ) from error
             finally:
                 if engine.has_unfinished_requests():  # after Ctrl-C, say: the next call's must be alone
-                    engine.abort_request(list(outputs))
-        return list(outputs.values())
+                    engine.abort_request(list(answers))
+        return list(answers.values())
 
     def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
         self._in_worker(vllm_weights.load, self._whole_layers(self._manifest.checked(tensors, complete)))
         self._forget()
 
     def _whole_layers(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Under every name that a weight has, and refusing a part of what a layer holds as one.
-
-        vLLM would keep the old head of tied weights on the CPU, and fill the rest of the layer with anything.
-        """
-        seen: set[str] = set()
-        for name, tensor in tensors:
-            mark()
-            seen.add(name)
-            for one in self._manifest.tied(name):
-                yield self._names[one], tensor
-        for name in seen:
-            lacking = [other for other in self._together.get(name, []) if other not in seen]
-            if lacking:
-                raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
+        return self._manifest.whole_layers(tensors)
 
     def _forget(self) -> None:
         """Drop what old weights computed: of prompts, of images and audio."""
@@ -289,12 +249,9 @@ class VLLMEngine(CheckedEngine):
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        for name in names:
-            self._manifest.find(name.removesuffix("_scale"))
-        # Of scales, which are no weight of the actor's, by their weight's.
-        own = {name: name.replace(base := name.removesuffix("_scale"), self._names[base]) for name in names}
-        found = self._in_worker(vllm_weights.fingerprints, list(own.values()))
-        return {name: found[own[name]] for name in names}
+        own = self._manifest.held(names)
+        found = self._in_worker(vllm_weights.fingerprints, own)
+        return {name: found[one] for name, one in zip(names, own)}
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":
@@ -306,7 +263,7 @@ class VLLMEngine(CheckedEngine):
 
     def _wake(self, part: WakePart) -> None:
         if self._device.type != "cpu":
-            self._llm.wake_up(tags=[_TAGS[part]])
+            self._llm.wake_up(tags=[requests.TAGS[part]])
 
     def _close(self) -> None:
         if self._device.type != "cpu" and "weights" not in self._asleep:
@@ -322,35 +279,13 @@ class VLLMEngine(CheckedEngine):
         return self._llm.collective_rpc(work, args=arguments)[0]
 
 
-class _Output:
-    """One request's answer as it grows."""
-
-    def __init__(self, stops: Sequence[str], detokenizer: Any) -> None:
-        self.tokens: list[int] = []
-        self.log_probs: list[float] = []
-        self.finish_reason: Any = "abort"
-        self.prompt_log_probs = torch.zeros(0)
-        self._tail = Tail(stops, detokenizer) if stops else None
-
-    def take(self, step: Any) -> bool:
-        """Add what vLLM gives; whether a stop string has ended the response."""
-        (output,) = step.outputs
-        if step.prompt_logprobs is not None:
-            self.prompt_log_probs = requests.prompt_log_probs(step.prompt_logprobs)
-        if self.finish_reason == "stop":  # of before it was aborted
-            return False
-        log_probs = requests.flat(output.logprobs) if output.logprobs is not None else []
-        for at, token in enumerate(output.token_ids):
-            if self._tail is not None and self._tail.completed_by(token):
-                self.tokens += output.token_ids[: at + 1]
-                self.log_probs += log_probs[: at + 1]
-                self.finish_reason = "stop"
-                return True
-        self.tokens += output.token_ids
-        self.log_probs += log_probs
-        if output.finish_reason is not None:
-            self.finish_reason = output.finish_reason
-        return False
+def _take(answer: Answer, step: Any) -> bool:
+    """Add what vLLM gives; whether a stop string has ended the response."""
+    (output,) = step.outputs
+    if step.prompt_logprobs is not None:
+        answer.prompt_log_probs = requests.prompt_log_probs(step.prompt_logprobs)
+    log_probs = requests.flat(output.logprobs) if output.logprobs is not None else []
+    return answer.take(output.token_ids, log_probs, output.finish_reason)
 
 
 def _external(name: str) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-from typing import Any
 
 import torch
-
-# Pools of engines that have ended: freeing a block of one would call vLLM's allocator, which knows it no more.
-_ENDED: list[Any] = []
 
 
 def forget_pools() -> None:
@@ -20,7 +17,9 @@ def forget_pools() -> None:
 
     gc.collect()
     allocator = CuMemAllocator.get_instance()
-    _ENDED.append(dict(allocator.allocator_and_pools))
+    for pool in allocator.allocator_and_pools.values():
+        # Kept for ever, past the interpreter's end: freeing it would have the allocator free what it has forgotten.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
     allocator.allocator_and_pools.clear()
     allocator.pointer_to_data.clear()
     torch.cuda.empty_cache()

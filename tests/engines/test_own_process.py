@@ -132,6 +132,7 @@ def test_it_is_another_process_with_this_ones_environment_but_no_rank(run, monke
         monkeypatch.setenv(name, "1")
     engine = run(site=[])
     assert engine.in_own_process and not TransformersEngine.in_own_process
+    assert engine.in_float8 == {"known once started"}
     assert ask(engine, "os.getpid()") != os.getpid()
     assert ask(engine, "os.getsid(0)") != os.getsid(0)
     variables = ask(engine, "dict(os.environ)")

@@ -74,6 +74,7 @@ def test_a_request_is_drawn_alike_in_any_batch_and_differently_at_other_position
 def test_hot_requests_draw_from_the_likeliest_and_the_others_as_ever():
     logits, draws = 4 * torch.randn(1, 64), 2000
     plain = requests([Sampling(temperature=0.5, min_p=0.3)] * draws, list(range(draws)))
+    assert plain.truncated
     now = torch.arange(draws) % 2 == 0
     mixed = hot(plain, now, torch.full((draws,), 1e6, dtype=torch.float64), torch.full((draws,), 8))
     tokens, log_probs = draw(logits.expand(draws, -1), mixed)
@@ -83,11 +84,13 @@ def test_hot_requests_draw_from_the_likeliest_and_the_others_as_ever():
     assert torch.equal(tokens[~now], draw(logits.expand(draws, -1), plain)[0][~now])
 
 
-def test_greedy_requests_take_the_likeliest_with_log_prob_zero():
-    logits = torch.randn(5, 64)
-    greedy = dataclasses.replace(requests([Sampling()] * 5, [0] * 5), greedy=True)
-    tokens, log_probs = draw(logits, greedy)
-    assert tokens.tolist() == logits.argmax(-1).tolist() and log_probs.tolist() == [0.0] * 5
+@pytest.mark.parametrize("others", [[], [Sampling()]], ids=["all greedy", "one of them not"])
+def test_greedy_requests_take_the_likeliest_the_first_among_equals_with_log_prob_zero(others):
+    samplings = [Sampling(top_k=1)] * 5 + others
+    logits = torch.randn(len(samplings), 64).round()  # equals
+    asked = dataclasses.replace(requests(samplings, [0] * len(samplings)), greedy=not others)
+    tokens, log_probs = draw(logits, asked)
+    assert tokens[:5].tolist() == logits.argmax(-1)[:5].tolist() and log_probs[:5].tolist() == [0.0] * 5
 
 
 def test_streams_are_uniform_and_unrelated_between_seeds_and_positions():

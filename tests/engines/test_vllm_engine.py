@@ -50,7 +50,7 @@ class TestVLLMEngine(EngineContract):
 
 @pytest.mark.gpu
 class TestVLLMEngineOnTheGPU(EngineContract):
-    tolerance = 2e-3
+    tolerance = 5e-3  # vLLM's attention kernel rounds to 19 bits
     one_stream = False
     device = torch.device("cuda")
     make = staticmethod(make)

@@ -12,12 +12,20 @@ from torch import Tensor
 from trainer import tiny_run
 
 from lightrft.callback import RFTCallback
-from lightrft.callbacks import EngineSleepWake, StaleWeightsError, TrajectoryWriter, Validation, WeightSync
+from lightrft.callbacks import (
+    EngineSleepWake,
+    OffloadDuringRollout,
+    StaleWeightsError,
+    TrajectoryWriter,
+    Validation,
+    WeightSync,
+)
 from lightrft.engines import VLLMEngine
 from lightrft.trainer import RFTTrainer
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM is built for the GPU")]
+pytestmark = pytest.mark.vllm
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM is built for the GPU")
 
 # vLLM wants heads of 32; the probe's prompts are to fill a block of its prefix cache, of which 32 tokens is the least.
 QWEN2 = {**tiny_run.QWEN2, "hidden_size": 64, "max_position_embeddings": 128}
@@ -73,6 +81,7 @@ def fit(inputs: Path, root: Path, engine: VLLMEngine, *callbacks: RFTCallback, *
     return tiny_run.fit(inputs, root, usual=usual, model=model, ckpt_path=ckpt_path, **options)
 
 
+@on_the_cpu
 @pytest.mark.parametrize(
     ("kind", "lr", "says"),
     [
@@ -91,6 +100,7 @@ def test_what_vllm_does_wrong_in_silence_stops_the_run(inputs, tmp_path, kind, l
         tiny_run.fit(inputs, tmp_path, usual=usual, model=model)
 
 
+@on_the_cpu
 def test_a_run_repeats_and_resumes_bit_by_bit(inputs, tmp_path):
     def callbacks() -> list[RFTCallback]:
         return [Validation(every_n_iterations=2), TrajectoryWriter(token_ids=True)]
@@ -103,3 +113,14 @@ def test_a_run_repeats_and_resumes_bit_by_bit(inputs, tmp_path):
     assert tiny_run.rows(resumed.log_dir)[3] == tiny_run.rows(whole.log_dir)[3]
     for name, tensor in tiny_run.weights(whole).items():
         assert torch.equal(tensor, tiny_run.weights(resumed)[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_on_a_gpu_the_engine_gives_its_memory_to_the_trainer_and_is_never_stale(inputs, tmp_path, precision):
+    engine = VLLMEngine(enforce_eager=True, gpu_memory_utilization=0.2)
+    offload = OffloadDuringRollout(["optimizer", "reference"])
+    run = fit(inputs, tmp_path, engine, offload, accelerator="cuda", precision=precision)
+    rows = tiny_run.rows(run.log_dir)
+    assert all(float(rows[step]["weight_sync/mismatch_nats"]) < 0.05 for step in (1, 2, 3)), rows
+    assert engine.weight_version == -1  # closed

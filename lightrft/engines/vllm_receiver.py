@@ -1,0 +1,113 @@
+"""What a vLLM server's worker does for :class:`~lightrft.engines.RemoteEngine`: takes weights, and tells of them.
+
+``--worker-extension-cls lightrft.engines.vllm_receiver.WeightReceiver``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+
+from lightrft.engines import vllm_weights
+from lightrft.engines.base import EngineError
+from lightrft.engines.weight_channel import ChannelBroken, Place, WeightChannel
+
+# Of a model's config: what must be the actor's.
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+class WeightReceiver:
+    """Methods that vLLM adds to its worker's; :meth:`lightrft` is called through ``/collective_rpc``."""
+
+    def lightrft(self, what: str, arguments: str = "[]") -> dict[str, Any]:
+        """Do ``what`` with a JSON list of arguments: ``{"answer": ...}``, or ``{"error": message}``.
+
+        vLLM's own answer to an exception would not tell its message in all versions.
+        """
+        try:
+            return {"answer": _ABILITIES[what](self, *json.loads(arguments))}
+        except Exception as error:
+            return {"error": str(error) or type(error).__name__}
+
+
+def describe(worker: Any) -> dict[str, Any]:
+    """The server as it was started."""
+    config = worker.vllm_config
+    model, text = config.model_config, config.model_config.hf_text_config
+    on_gpu = worker.device.type == "cuda"
+    return {
+        "architectures": list(model.hf_config.architectures or []),
+        "sizes": {name: getattr(text, name, None) for name in SIZES},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_model_len": model.max_model_len,
+        "max_logprobs": model.max_logprobs,
+        "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+        "sleeps": bool(model.enable_sleep_mode) or not on_gpu,
+        "workers": config.parallel_config.world_size_across_dp,
+        "gpu": str(torch.cuda.get_device_properties(worker.device).uuid) if on_gpu else None,
+    }
+
+
+def join(worker: Any, *place: Any) -> None:
+    """Open the way to the trainer that is at ``place``."""
+    leave(worker)
+    worker.lightrft_channel = WeightChannel.join(Place(*place), worker.device)
+
+
+def leave(worker: Any) -> None:
+    channel = worker.__dict__.pop("lightrft_channel", None)
+    if channel is not None:
+        channel.close()
+
+
+def receive(worker: Any, port: int) -> None:
+    """Load what the trainer sends that is at ``port``.
+
+    Raises:
+        EngineError: another one has joined since.
+    """
+    channel: WeightChannel | None = worker.__dict__.get("lightrft_channel")
+    if channel is None or channel.place.port != port:
+        raise EngineError("another run has pushed weights to it since; start a server for each")
+    tensors = channel.receive(channel.alive)
+    try:
+        vllm_weights.load(worker, tensors)
+    except ChannelBroken:
+        leave(worker)
+        raise
+    except Exception:
+        for _ in tensors:  # the trainer goes on sending
+            pass
+        raise
+    if worker.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    return {name: astuple(one) for name, one in vllm_weights.fingerprints(worker, names).items()}
+
+
+def in_float8(worker: Any, names: Sequence[str]) -> list[str]:
+    return sorted(vllm_weights.in_float8(worker, names))
+
+
+_ABILITIES: dict[str, Callable[..., Any]] = {
+    "describe": describe,
+    "fingerprints": fingerprints,
+    "in_float8": in_float8,
+    "join": join,
+    "kept_together": vllm_weights.kept_together,
+    "leave": leave,
+    "receive": receive,
+}
