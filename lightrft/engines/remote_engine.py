@@ -15,6 +15,7 @@ from torch import Tensor
 from lightrft.engines import vllm_requests as requests
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
+from lightrft.engines.checkpoint_names import checkpoint_names
 from lightrft.engines.draw import inverse_cdf, uniforms
 from lightrft.engines.group import EngineGroup
 from lightrft.engines.hot_start import with_hot_start
@@ -70,8 +71,9 @@ class RemoteEngine(CheckedEngine):
         self._manifest = VLLMManifest(model)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
         self._served = self._by_first(lambda: self._meet(model))
-        self._manifest.together = self._served["together"]
-        self.in_float8 = frozenset(self._served["in_float8"])
+        layout = self._served["layout"]
+        self._manifest.names, self._manifest.together = layout["names"], layout["together"]
+        self.dropped, self.in_float8 = frozenset(layout["dropped"]), frozenset(layout["in_float8"])
         self._context = min(self._context or self._served["max_model_len"], self._served["max_model_len"])
 
     def _meet(self, model: Any) -> dict[str, Any]:
@@ -83,9 +85,7 @@ class RemoteEngine(CheckedEngine):
         served = self._describe()
         self._refuse_other_model(model, served)
         self._server.ask("/wake_up")  # where an earlier run put it to sleep
-        names = list(self._manifest.named)
-        served["together"] = self._server.worker("kept_together", names)
-        served["in_float8"] = self._server.worker("in_float8", names)
+        served["layout"] = self._server.worker("layout", checkpoint_names(model, self._manifest.named))
         self._served = served
         self._channel = self._connected()
         return served
@@ -271,9 +271,9 @@ class RemoteEngine(CheckedEngine):
             channel.close()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        held = self._manifest.held(names)
-        found = self._by_first(lambda: self._server.worker("fingerprints", held))
-        return {name: Fingerprint(*one) for name, one in found.items()}
+        own = self._manifest.held(names)
+        found = self._by_first(lambda: self._server.worker("fingerprints", own))
+        return {name: Fingerprint(*found[one]) for name, one in zip(names, own)}
 
     def _sleep(self, level: int) -> None:
         if not self._served["sleeps"]:

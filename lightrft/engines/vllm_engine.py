@@ -111,11 +111,9 @@ class VLLMEngine(CheckedEngine):
             self._folder.cleanup()
             raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
-        names = self._in_worker(vllm_weights.known_names, checkpoint_names(model, self._manifest.named))
-        self._manifest.names = names
-        self._manifest.together = self._in_worker(vllm_weights.kept_together, names)
-        self.dropped = self._in_worker(vllm_weights.dropped, names)
-        self.in_float8 = self._in_worker(vllm_weights.in_float8, names)
+        layout = self._in_worker(vllm_weights.layout, checkpoint_names(model, self._manifest.named))
+        self._manifest.names, self._manifest.together = layout["names"], layout["together"]
+        self.dropped, self.in_float8 = frozenset(layout["dropped"]), frozenset(layout["in_float8"])
 
     def _make(self, arguments: dict[str, Any]) -> Any:
         """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""

@@ -98,16 +98,11 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, tuple[Any, ...]
     return {name: astuple(one) for name, one in vllm_weights.fingerprints(worker, names).items()}
 
 
-def in_float8(worker: Any, names: Sequence[str]) -> list[str]:
-    return sorted(vllm_weights.in_float8(worker, names))
-
-
 _ABILITIES: dict[str, Callable[..., Any]] = {
     "describe": describe,
     "fingerprints": fingerprints,
-    "in_float8": in_float8,
     "join": join,
-    "kept_together": vllm_weights.kept_together,
+    "layout": vllm_weights.layout,
     "leave": leave,
     "receive": receive,
 }
