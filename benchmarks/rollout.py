@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,8 @@ def speed(arguments: argparse.Namespace) -> None:
     report(part="speed", what="start", seconds=bench.started, push_seconds=bench.pushes[0])
     long, tokens = (64, 32) if bench.small else (1024, 512)
     workloads = {
-        "fixed length": Sampling(max_new_tokens=tokens),
-        "long tail": Sampling(max_new_tokens=long, stop_token_ids=bench.stop_ids),
+        "fixed": Sampling(max_new_tokens=tokens),
+        "tail": Sampling(max_new_tokens=long, stop_token_ids=bench.stop_ids),
     }
 
     def ours(sampling: Sampling, turn: int) -> int:
@@ -147,12 +148,14 @@ def speed(arguments: argparse.Namespace) -> None:
         outputs = bench.engine._llm.generate(prompts, params, use_tqdm=False)
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
-    ways = {
+    ways: dict[str, Callable[[Sampling, int], int]] = {
         "ours": ours,
         "raw": lambda sampling, turn: raw(sampling, turn, seeded=False, lean=True),
-        "raw, a seed each": lambda sampling, turn: raw(sampling, turn, seeded=True, lean=True),
+        "seeded": lambda sampling, turn: raw(sampling, turn, seeded=True, lean=True),
     }
-    for label, sampling in workloads.items():
+    ways = {way: ways[way] for way in arguments.ways}
+    for label in arguments.workloads:
+        sampling = workloads[label]
         rates: dict[str, list[float]] = {way: [] for way in ways}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(arguments.turns + 1):
@@ -167,7 +170,7 @@ def speed(arguments: argparse.Namespace) -> None:
         for way in ways:
             report(
                 part="speed",
-                runner=os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default"),
+                runner=os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1"),
                 workload=label,
                 way=way,
                 tokens_per_second=statistics.median(rates[way]),
@@ -327,6 +330,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        default=["fixed", "tail"],
+        help="512 tokens each; one in 256 ends, 1024 at most",
+    )
+    parser.add_argument(
+        "--ways", nargs="+", default=["ours", "raw", "seeded"], help="raw: vLLM's generate, n=8; seeded: a seed each"
+    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: starts in a quarter of the time")
     parser.add_argument("--folder")
     parser.add_argument("--quantization")

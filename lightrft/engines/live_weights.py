@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightrft.engines.base import EngineError
-from lightrft.ops.fingerprint import Fingerprint, fingerprint, joined
+from lightrft.ops.fingerprint import Fingerprint, Fingerprints, joined
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,14 @@ class LiveWeights:
         missing = [name for name in names if name not in self._places]
         if missing:
             raise EngineError(f"{missing[0]!r} has not been pushed, so the engine does not hold it.")
+        taken = Fingerprints()
+        for name in names:
+            for part, (place, region) in enumerate(self._places[name]):
+                # A fingerprint asks of a shard only where its elements lie in the whole.
+                taken.add(f"{part} of {name}", place, None if region.shape == region.whole else cast(Any, region))
+        prints = taken.read()
         return {
-            # A fingerprint asks of a shard only where its elements lie in the whole.
-            name: [
-                Held(region, fingerprint(place, None if region.shape == region.whole else cast(Any, region)))
-                for place, region in self._places[name]
-            ]
+            name: [Held(region, prints[f"{part} of {name}"]) for part, (_, region) in enumerate(self._places[name])]
             for name in names
         }
 

@@ -60,8 +60,9 @@ class EngineProcess:
         self._closing = False
         ours, theirs = socket.socketpair()
         self._line = Line(ours)
-        modules = self.folder / "modules"
+        modules, temporary = self.folder / "modules", self.folder / "tmp"
         modules.mkdir()
+        temporary.mkdir()
         # LightRFT alone, and not whatever else lies beside it.
         (modules / "lightrft").symlink_to(Path(lightrft.__file__).parent, target_is_directory=True)
         try:
@@ -69,7 +70,7 @@ class EngineProcess:
                 [python, "-c", _MAIN, *map(str, (theirs.fileno(), self.shared, os.getpid(), self.folder))],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=_environment(python, [str(modules), *site]),
+                env=_environment(python, [str(modules), *site], temporary),
                 pass_fds=(theirs.fileno(), self.shared),
                 start_new_session=True,  # Ctrl-C is the trainer's; and its group is ended as one
             )
@@ -254,8 +255,13 @@ class _Words(threading.Thread):
         return "\n".join(lines[-_LAST_LINES:])
 
 
-def _environment(python: str, folders: Sequence[str]) -> dict[str, str]:
-    """This process's, less what makes it a rank, and with ``folders`` first on the path of modules."""
+def _environment(python: str, folders: Sequence[str], temporary: Path) -> dict[str, str]:
+    """This process's, less what makes it a rank, with ``folders`` first on the path of modules.
+
+    Temporary files lie in ``temporary``, which goes with the process; what torch compiles outlives it, for the next.
+    """
     inherited = sys.path if python == sys.executable else os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(filter(None, [*folders, *inherited]))
+    compiled = os.path.join(tempfile.gettempdir(), f"lightrft-compiled-{os.getuid()}")
     kept = {k: v for k, v in os.environ.items() if k not in _OF_RANKS and not k.startswith("TORCHELASTIC_")}
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, [*folders, *inherited]))}
+    return {"TORCHINDUCTOR_CACHE_DIR": compiled, **kept, "PYTHONPATH": path, "TMPDIR": str(temporary)}

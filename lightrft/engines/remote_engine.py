@@ -71,9 +71,8 @@ class RemoteEngine(CheckedEngine):
         self._manifest = VLLMManifest(model)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
         self._served = self._by_first(lambda: self._meet(model))
-        layout = self._served["layout"]
-        self._manifest.names, self._manifest.together = layout["names"], layout["together"]
-        self.dropped, self.in_float8 = frozenset(layout["dropped"]), frozenset(layout["in_float8"])
+        self._manifest.names, self._manifest.together = self._served["names"], self._served["kept_together"]
+        self.dropped, self.in_float8 = frozenset(self._served["dropped"]), frozenset(self._served["in_float8"])
         self._context = min(self._context or self._served["max_model_len"], self._served["max_model_len"])
 
     def _meet(self, model: Any) -> dict[str, Any]:
@@ -85,7 +84,10 @@ class RemoteEngine(CheckedEngine):
         served = self._describe()
         self._refuse_other_model(model, served)
         self._server.ask("/wake_up")  # where an earlier run put it to sleep
-        served["layout"] = self._server.worker("layout", checkpoint_names(model, self._manifest.named))
+        names = self._server.worker("known_names", checkpoint_names(model, self._manifest.named))
+        served["names"] = names
+        for what in ("kept_together", "dropped", "in_float8"):
+            served[what] = self._server.worker(what, names)
         self._served = served
         self._channel = self._connected()
         return served
@@ -271,9 +273,9 @@ class RemoteEngine(CheckedEngine):
             channel.close()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        own = self._manifest.held(names)
-        found = self._by_first(lambda: self._server.worker("fingerprints", own))
-        return {name: Fingerprint(*found[one]) for name, one in zip(names, own)}
+        held = self._manifest.held(names)
+        found = self._by_first(lambda: self._server.worker("fingerprints", list(held.values())))
+        return {name: Fingerprint(*found[one]) for name, one in held.items()}
 
     def _sleep(self, level: int) -> None:
         if not self._served["sleeps"]:

@@ -111,9 +111,11 @@ class VLLMEngine(CheckedEngine):
             self._folder.cleanup()
             raise EngineError(f"vLLM cannot serve {type(model).__name__}: {error}") from error
         self._context = self._llm.model_config.max_model_len
-        layout = self._in_worker(vllm_weights.layout, checkpoint_names(model, self._manifest.named))
-        self._manifest.names, self._manifest.together = layout["names"], layout["together"]
-        self.dropped, self.in_float8 = frozenset(layout["dropped"]), frozenset(layout["in_float8"])
+        manifest = self._manifest
+        manifest.names = self._in_worker(vllm_weights.known_names, checkpoint_names(model, manifest.named))
+        manifest.together = self._in_worker(vllm_weights.kept_together, manifest.names)
+        self.dropped = self._in_worker(vllm_weights.dropped, manifest.names)
+        self.in_float8 = self._in_worker(vllm_weights.in_float8, manifest.names)
 
     def _make(self, arguments: dict[str, Any]) -> Any:
         """vLLM's ``LLM``, with the newer of its two model runners where that can serve the model."""
@@ -170,9 +172,10 @@ class VLLMEngine(CheckedEngine):
         stops: Sequence[str],
         stop_ids: frozenset[int],
     ) -> list[list[Response]]:
+        asked: list[Any] = []
         with _undisturbed():
-            rendered = [self._rendered(prompt, sampling) for prompt in prompts]
-        asked = [one for one, own in zip(rendered, seeds) for _ in own]
+            for prompt, own in zip(prompts, seeds):
+                asked += [self._rendered(prompt, sampling)] * len(own)
         params = requests.sampling_params(sampling, [seed for own in seeds for seed in own], stop_ids, bool(stops))
         answers = self._run(asked, params, stops)
         return requests.responses(prompts, sampling, seeds, answers, stops, self._detokenizer, self.weight_version)
@@ -247,9 +250,9 @@ class VLLMEngine(CheckedEngine):
         engine.reset_encoder_cache()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        own = self._manifest.held(names)
-        found = self._in_worker(vllm_weights.fingerprints, own)
-        return {name: found[one] for name, one in zip(names, own)}
+        held = self._manifest.held(names)
+        found = self._in_worker(vllm_weights.fingerprints, list(held.values()))
+        return {name: found[one] for name, one in held.items()}
 
     def _sleep(self, level: int) -> None:
         if self._device.type == "cpu":

@@ -15,8 +15,8 @@ class VLLMManifest(Manifest):
     """The weights of ``model``, as vLLM wants them.
 
     Attributes:
-        names: what vLLM calls each, by name in memory; known once it holds the model.
-        together: by name, what vLLM holds as one; known once it holds the model.
+        names: what vLLM calls each weight, by its name in memory; known once it holds the model, like the next.
+        together: by name, what vLLM holds as one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,7 +25,7 @@ class VLLMManifest(Manifest):
         self.together: Mapping[str, Sequence[str]] = {}
 
     def whole_layers(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass ``tensors`` on under all of vLLM's names for each, and refuse a part of what a layer holds as one.
+        """Pass ``tensors`` on under every name that each has, and refuse a part of what a layer holds as one.
 
         vLLM would keep the old head of tied weights on the CPU, and fill the rest of the layer with anything.
 
@@ -46,15 +46,15 @@ class VLLMManifest(Manifest):
             if lacking:
                 raise EngineError(f"{name!r} was pushed without {lacking[0]!r}, which vLLM holds as one with it.")
 
-    def held(self, names: Sequence[str]) -> list[str]:
-        """What vLLM calls ``names``, each of a weight or, with ``_scale`` behind it, of the scales of one in 8 bits.
+    def held(self, names: Sequence[str]) -> dict[str, str]:
+        """What vLLM calls each of ``names``: of a weight or, with ``_scale`` behind it, of the scales of one in 8 bits.
 
         Raises:
-            EngineError: there is none of that name.
+            EngineError: there is no weight of that name.
         """
-        found = []
+        found = {}
         for name in names:
-            weight = name.removesuffix("_scale")
+            weight = name.removesuffix("_scale")  # scales are no weight of the actor's
             self.find(weight)
-            found.append(self.names[weight] + name[len(weight) :])
+            found[name] = self.names[weight] + name[len(weight) :]
         return found

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -98,11 +98,22 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, tuple[Any, ...]
     return {name: astuple(one) for name, one in vllm_weights.fingerprints(worker, names).items()}
 
 
+def in_float8(worker: Any, names: Mapping[str, str]) -> list[str]:
+    return sorted(vllm_weights.in_float8(worker, names))
+
+
+def dropped(worker: Any, names: Mapping[str, str]) -> list[str]:
+    return sorted(vllm_weights.dropped(worker, names))
+
+
 _ABILITIES: dict[str, Callable[..., Any]] = {
     "describe": describe,
+    "dropped": dropped,
     "fingerprints": fingerprints,
+    "in_float8": in_float8,
     "join": join,
-    "layout": vllm_weights.layout,
+    "kept_together": vllm_weights.kept_together,
+    "known_names": vllm_weights.known_names,
     "leave": leave,
     "receive": receive,
 }

@@ -35,26 +35,48 @@ def load(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
         finalize_layerwise_reload(model, worker.model_runner.model_config)
 
 
-def layout(worker: Any, forms: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """How the model holds weights, so that it can be said in JSON.
+def known_names(worker: Any, forms: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """By name in memory, the first of its forms that the model holds a weight under.
+
+    A weight that it does not hold, as of layers behind the last one it computes, is called as the one of the most
+    alike name: vLLM drops what it knows, and refuses what it does not.
 
     Args:
         worker: vLLM's.
-        forms: what weights may be called (:func:`lightrft.engines.checkpoint_names.checkpoint_names`).
-
-    Returns:
-        ``names``, what the model calls each, by name in memory; and by these ``together``, those that one layer holds
-        as one and must get all at once; ``dropped``, those that it has no use for; ``in_float8``, those in 8 bits.
+        forms: as :func:`~lightrft.engines.checkpoint_names.checkpoint_names` gives them.
     """
     model = worker.model_runner.model
-    names = _names(model, forms)
-    dropped = {name for name, own in names.items() if not _holds(model, own)}
-    return {
-        "names": names,
-        "together": _together(model, names) if _remade(worker) else {},
-        "dropped": sorted(dropped),
-        "in_float8": sorted(name for name in names.keys() - dropped if _held(model, names[name])[1] is not None),
-    }
+    held = {name: next((i for i, form in enumerate(forms) if _holds(model, form[name])), -1) for name in forms[0]}
+
+    def form_of(name: str) -> int:
+        found = [other for other in held if held[other] >= 0]
+        return held[max(found, key=lambda other: _common(name, other), default=name)]
+
+    return {name: forms[form if form >= 0 else form_of(name)][name] for name, form in held.items()}
+
+
+def dropped(worker: Any, names: Mapping[str, str]) -> frozenset[str]:
+    """The names among ``names``, as for :func:`kept_together`, whose weight the model has no use for."""
+    model = worker.model_runner.model
+    return frozenset(name for name, own in names.items() if not _holds(model, own))
+
+
+def kept_together(worker: Any, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """By name, the names of the weights that one layer holds as one, where it must get them all at once.
+
+    Args:
+        worker: vLLM's.
+        names: what each is called here (:func:`known_names`), by its name in memory.
+    """
+    model = worker.model_runner.model
+    if not _remade(worker):
+        return {}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, own in names.items():
+        path, part = _locate(model, own) or ("", None)
+        if part is not None:
+            groups.setdefault((path, own.rpartition(".")[2]), []).append(name)
+    return {name: group for group in groups.values() for name in group}
 
 
 def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
@@ -73,33 +95,15 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
     return taken.read()
 
 
+def in_float8(worker: Any, names: Mapping[str, str]) -> frozenset[str]:
+    """The names among ``names``, as for :func:`kept_together`, whose weight the model holds in 8 bits."""
+    model, without = worker.model_runner.model, dropped(worker, names)
+    return frozenset(name for name in names.keys() - without if _held(model, names[name])[1] is not None)
+
+
 def _remade(worker: Any) -> bool:
     config = worker.model_runner.model_config
     return config.quantization is not None or worker.device.type == "cpu"
-
-
-def _names(model: nn.Module, forms: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """By name in memory, the first of its forms that the model holds a weight under.
-
-    A weight that it does not hold, as of layers behind the last one it computes, is called as the one of the most
-    alike name: vLLM drops what it knows, and refuses what it does not.
-    """
-    held = {name: next((i for i, form in enumerate(forms) if _holds(model, form[name])), -1) for name in forms[0]}
-
-    def form_of(name: str) -> int:
-        found = [other for other in held if held[other] >= 0]
-        return held[max(found, key=lambda other: _common(name, other), default=name)]
-
-    return {name: forms[form if form >= 0 else form_of(name)][name] for name, form in held.items()}
-
-
-def _together(model: nn.Module, names: Mapping[str, str]) -> dict[str, list[str]]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, own in names.items():
-        path, part = _locate(model, own) or ("", None)
-        if part is not None:
-            groups.setdefault((path, _leaf(own)), []).append(name)
-    return {name: group for group in groups.values() for name in group}
 
 
 def _holds(model: nn.Module, name: str) -> bool:

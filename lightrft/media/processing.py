@@ -77,7 +77,7 @@ class MediaProcessor:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._name = type(processor).__name__
-        self._tokens: dict[str, str] = {}
+        self._tokens: dict[str, Any] = {}
         self._ids: dict[str, int] = {}
         tokenizer = processor.tokenizer
         for kind, part in _PARTS.items():

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -68,4 +69,4 @@ def open_for_reading(path: str) -> str:
         return pipe.read()
 
 
-__all__ = ["here", "mark", "os", "signal", "threading"]  # for what tests evaluate
+__all__ = ["here", "mark", "os", "signal", "tempfile", "threading"]  # for what tests evaluate

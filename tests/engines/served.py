@@ -23,9 +23,14 @@ ROOT = Path(__file__).parents[2]
 ON_CPU = ("--no-enable-chunked-prefill",)
 
 
+def section() -> str:
+    """What docs/engines.md says of servers."""
+    return (ROOT / "docs/engines.md").read_text().split("\n## A server elsewhere\n")[1].split("\n## ")[0]
+
+
 def documented() -> tuple[dict[str, str], list[str]]:
     """Variables and words of the command in docs/engines.md."""
-    (command,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/engines.md").read_text(), flags=re.DOTALL)
+    (command,) = re.findall(r"```bash\n(.*?)```", section(), flags=re.DOTALL)
     words = shlex.split(command.replace("\\\n", ""))
     variables = dict(word.split("=", 1) for word in words if word.startswith("VLLM_"))
     return variables, words[len(variables) :]

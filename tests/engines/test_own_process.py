@@ -118,7 +118,7 @@ def folders() -> set[Path]:
 def traces(engine: OwnProcess) -> tuple[int, int, Path]:
     """Ids of its process and of a process that this one has started, and the folder of its files."""
     folder = Path(ask(engine, "sys.argv[-1]"))
-    assert folder.is_dir()
+    assert folder in Path(ask(engine, "tempfile.mkdtemp()")).parents
     return ask(engine, "os.getpid()"), ask(engine, "self.helper.pid"), folder
 
 

@@ -24,7 +24,7 @@ from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Sampling
 
 from .contract import EngineContract, ids_of, prompt, world
-from .served import ON_CPU, ROOT, Server, served
+from .served import ON_CPU, Server, section, served
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(max_new_tokens=6)
@@ -326,7 +326,7 @@ def test_something_else_that_listens_there_is_said():
 
 
 def test_the_docs_configuration_is_one():
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/engines.md").read_text(), flags=re.DOTALL)
+    (block,) = re.findall(r"```yaml\n(.*?)```", section(), flags=re.DOTALL)
     engine = yaml.safe_load(block)["trainer"]["callbacks"][0]["init_args"]["engine"]
     assert engine["class_path"] == "lightrft.engines.RemoteEngine"
     assert RemoteEngine(**engine["init_args"]).in_own_process

@@ -21,6 +21,8 @@ DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 
 
 def make(**options: object) -> VLLMEngine:
+    # A block of the prefix cache is to be shorter than the contract's prompts; on the CPU it has 32 tokens at least.
+    options.setdefault("options", {"block_size": 32} if ON_CPU else {})
     return VLLMEngine(dtype="float32", enforce_eager=True, gpu_memory_utilization=0.2, **options)  # type: ignore[arg-type]
 
 

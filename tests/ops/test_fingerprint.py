@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_a_gpu_finds_the_same_numbers(dtype, dim):
     part = whole if shard is None else shard.of(whole)
     there, here = fingerprint(part.cuda(), shard), fingerprint(part, shard)
     assert there == here and there.difference(here) == pytest.approx(0, abs=1e-6)
+
+
+def test_without_triton_a_gpu_takes_torch_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "lightrft.ops.fingerprint_kernel", raising=False)
+    monkeypatch.delattr("lightrft.ops.fingerprint_kernel", raising=False)
+    with pytest.warns(UserWarning, match="take longer on cuda:0, where Triton does not work"):
+        assert module.kernel_on.__wrapped__(torch.device("cuda:0")) is None
+    assert module.kernel_on(torch.device("cpu")) is None
 
 
 def test_negative_zero_is_not_zero():
