@@ -81,7 +81,7 @@ class MediaProcessor:
         self._ids: dict[str, int] = {}
         tokenizer = processor.tokenizer
         for kind, part in _PARTS.items():
-            token = getattr(processor, f"{part}_token", None)
+            token: Any = getattr(processor, f"{part}_token", None)
             index = None if token is None else tokenizer.convert_tokens_to_ids(token)
             if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
                 self._tokens[kind], self._ids[kind] = token, index
