@@ -8,7 +8,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 # Imported so that YAML may name their classes without the module's path.
 import lightrft.callbacks
-import lightrft.engines.transformers_engine
+import lightrft.engines.transformers.engine
 import lightrft.lightning_modules
 import lightrft.rewards  # noqa: F401
 from lightrft.data import PromptData

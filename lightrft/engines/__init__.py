@@ -9,11 +9,11 @@ from lightrft.engines.base import Engine, EngineError
 from lightrft.engines.group import EngineGroup
 
 if TYPE_CHECKING:
-    from lightrft.engines.own_process import OwnProcess
-    from lightrft.engines.remote_engine import RemoteEngine
-    from lightrft.engines.sglang_engine import SGLangEngine
-    from lightrft.engines.transformers_engine import TransformersEngine
-    from lightrft.engines.vllm_engine import VLLMEngine
+    from lightrft.engines.process.engine import OwnProcess
+    from lightrft.engines.server.engine import RemoteEngine
+    from lightrft.engines.sglang.engine import SGLangEngine
+    from lightrft.engines.transformers.engine import TransformersEngine
+    from lightrft.engines.vllm.engine import VLLMEngine
 
 __all__ = [
     "Engine",
@@ -28,11 +28,11 @@ __all__ = [
 
 # Imported on first use: an engine's libraries take seconds to import, and a run uses one engine.
 _ENGINES = {
-    "OwnProcess": "lightrft.engines.own_process",
-    "RemoteEngine": "lightrft.engines.remote_engine",
-    "SGLangEngine": "lightrft.engines.sglang_engine",
-    "TransformersEngine": "lightrft.engines.transformers_engine",
-    "VLLMEngine": "lightrft.engines.vllm_engine",
+    "OwnProcess": "lightrft.engines.process.engine",
+    "RemoteEngine": "lightrft.engines.server.engine",
+    "SGLangEngine": "lightrft.engines.sglang.engine",
+    "TransformersEngine": "lightrft.engines.transformers.engine",
+    "VLLMEngine": "lightrft.engines.vllm.engine",
 }
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightrft.engines import shared_memory
 from lightrft.engines.buckets import Piece, packed, unpacked
-from lightrft.engines.messages import dumps, loads
+from lightrft.engines.process import shared_memory
+from lightrft.engines.process.messages import dumps, loads
 from lightrft.samples import Prompt, Response
 
 TENSORS = {

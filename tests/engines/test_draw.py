@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
-from lightrft.engines.draw import GreedyWarper, inverse_cdf, uniforms, warpers
+from lightrft.engines.transformers.draw import GreedyWarper, inverse_cdf, uniforms, warpers
 from lightrft.samples import FIRE, Sampling
 
 logits = st.lists(st.one_of(st.floats(-80, 80, width=32), st.just(float("-inf"))), min_size=1, max_size=40)

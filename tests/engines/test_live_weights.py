@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft.engines import EngineError
-from lightrft.engines.live_weights import LiveWeights, whole_fingerprint
+from lightrft.engines.sglang.live_weights import LiveWeights, whole_fingerprint
 from lightrft.ops.fingerprint import fingerprint
 
 WEIGHTS = {

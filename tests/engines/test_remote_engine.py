@@ -17,9 +17,9 @@ import torch.distributed as dist
 import yaml
 
 from lightrft.engines import EngineError, RemoteEngine
-from lightrft.engines.vllm_receiver import SIZES
-from lightrft.engines.vllm_requests import Answer
-from lightrft.engines.vllm_server import VLLMServer
+from lightrft.engines.server.receiver import SIZES
+from lightrft.engines.server.requests import VLLMServer
+from lightrft.engines.vllm.requests import Answer
 from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Sampling
 

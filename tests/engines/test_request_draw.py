@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from lightrft.engines import request_draw
-from lightrft.engines.request_draw import Requests, draw, hot, uniforms_at
+from lightrft.engines.sglang import request_draw
+from lightrft.engines.sglang.request_draw import Requests, draw, hot, uniforms_at
 from lightrft.samples import Sampling
 
 from .contract import assert_drawn_from, processed_log_probs

@@ -312,7 +312,7 @@ def test_scores_do_not_depend_on_how_sequences_are_batched(monkeypatch):
     engine = started()
     sequences = [prompt(length).token_ids for length in (40, 3, 17, 17, 2)]
     together = engine.score(sequences)
-    monkeypatch.setattr("lightrft.engines.transformers_engine._SCORED_LOGITS", 64 * 20)
+    monkeypatch.setattr("lightrft.engines.transformers.engine._SCORED_LOGITS", 64 * 20)
     passes = []
     engine._model.register_forward_pre_hook(lambda _, args, given: passes.append(given["input_ids"]), with_kwargs=True)
     for one, other in zip(together, engine.score(sequences)):

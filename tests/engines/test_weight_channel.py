@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightrft.engines import EngineError, weight_channel
-from lightrft.engines.weight_channel import ChannelBroken, Place, WeightChannel, rendezvous
+from lightrft.engines import EngineError
+from lightrft.engines.server import weight_channel
+from lightrft.engines.server.weight_channel import ChannelBroken, Place, WeightChannel, rendezvous
 
 CPU = torch.device("cpu")
 TENSORS = [

@@ -12,25 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightrft.engines import vllm_requests as requests
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.checkpoint_names import checkpoint_names
-from lightrft.engines.draw import inverse_cdf, uniforms
 from lightrft.engines.group import EngineGroup
 from lightrft.engines.hot_start import with_hot_start
+from lightrft.engines.server.requests import Refused, VLLMServer
+from lightrft.engines.server.weight_channel import Backend, ChannelBroken, WeightChannel, rendezvous
 from lightrft.engines.skeleton import build
-from lightrft.engines.vllm_manifest import VLLMManifest
-from lightrft.engines.vllm_requests import Answer
-from lightrft.engines.vllm_server import Refused, VLLMServer
-from lightrft.engines.weight_channel import Backend, ChannelBroken, WeightChannel, rendezvous
+from lightrft.engines.transformers.draw import inverse_cdf, uniforms
+from lightrft.engines.vllm import requests as requests
+from lightrft.engines.vllm.manifest import VLLMManifest
+from lightrft.engines.vllm.requests import Answer
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 
 Result = TypeVar("Result")
 _START = (
     "start it as docs/engines.md says: VLLM_SERVER_DEV_MODE=1 vllm serve ... --tokens-only --logprobs-mode "
-    "processed_logprobs --worker-extension-cls lightrft.engines.vllm_receiver.WeightReceiver"
+    "processed_logprobs --worker-extension-cls lightrft.engines.server.receiver.WeightReceiver"
 )
 _HOTTEST = 2.0  # temperature that vLLM's servers take
 _LEAVE_SECONDS = 10.0  # that closing waits for a server, which may be dead

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightrft.engines import request_draw
-from lightrft.engines.failures import Failure
-from lightrft.engines.live_weights import Held, LiveWeights
-from lightrft.engines.messages import loads
+from lightrft.engines.process.failures import Failure
+from lightrft.engines.process.messages import loads
+from lightrft.engines.sglang import request_draw
+from lightrft.engines.sglang.live_weights import Held, LiveWeights
 from lightrft.engines.stopping import Detokenizer, Tail
 from lightrft.ops.collectives import everyone
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightrft.engines.draw import inverse_cdf
+from lightrft.engines.transformers.draw import inverse_cdf
 
 # Logits at a time: some 8-byte copies of these are held, beside what an engine has allotted to itself.
 _LOGITS = 1 << 24

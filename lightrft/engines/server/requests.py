@@ -64,7 +64,7 @@ class VLLMServer:
             call.end()
 
     def worker(self, what: str, *arguments: Any, wait_seconds: float | None = None) -> Any:
-        """What :class:`~lightrft.engines.vllm_receiver.WeightReceiver` answers in the server's worker."""
+        """What :class:`~lightrft.engines.server.receiver.WeightReceiver` answers in the server's worker."""
         return self.of_worker(self.ask("/collective_rpc", _to_worker(what, arguments), wait_seconds))
 
     def of_worker(self, said: Any) -> Any:

@@ -18,12 +18,12 @@ from typing import IO, Any
 
 import lightrft
 from lightrft.engines.base import EngineError
-from lightrft.engines.messages import Line
-from lightrft.engines.worker import Answer, Bucket, Call, Progress
+from lightrft.engines.process.messages import Line
+from lightrft.engines.process.worker import Answer, Bucket, Call, Progress
 from lightrft.whereabouts import mark
 
 # The current folder is no place to look for modules first.
-_MAIN = "import sys; sys.path[:] = filter(None, sys.path); from lightrft.engines.worker import main; main()"
+_MAIN = "import sys; sys.path[:] = filter(None, sys.path); from lightrft.engines.process.worker import main; main()"
 # What a launcher tells a rank; the engine's process is none, and libraries would believe it.
 _OF_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"}
 _OF_RANKS |= {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -33,7 +33,7 @@ _SECONDS_TO_LEAVE = 10.0  # once closed
 
 
 class EngineProcess:
-    """Runs :mod:`lightrft.engines.worker`.
+    """Runs :mod:`lightrft.engines.process.worker`.
 
     Args:
         python: the interpreter.

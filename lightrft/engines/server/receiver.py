@@ -1,6 +1,6 @@
 """What a vLLM server's worker does for :class:`~lightrft.engines.RemoteEngine`: takes weights, and tells of them.
 
-``--worker-extension-cls lightrft.engines.vllm_receiver.WeightReceiver``
+``--worker-extension-cls lightrft.engines.server.receiver.WeightReceiver``
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lightrft.engines import vllm_weights
 from lightrft.engines.base import EngineError
-from lightrft.engines.weight_channel import ChannelBroken, Place, WeightChannel
+from lightrft.engines.server.weight_channel import ChannelBroken, Place, WeightChannel
+from lightrft.engines.vllm import weights as vllm_weights
 
 # Of a model's config: what must be the actor's.
 SIZES = (

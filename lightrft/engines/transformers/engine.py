@@ -14,15 +14,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lightrft.engines.adapter import Adapter
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
-from lightrft.engines.draw import SeededDraw, uniforms, warpers
-from lightrft.engines.prefill import cache_argument, can_share_prefill, shared_prefill
 from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import StopStrings, before_stop, response_length
-from lightrft.engines.tensor_parallel import place
-from lightrft.engines.weights import Weights
+from lightrft.engines.transformers.adapter import Adapter
+from lightrft.engines.transformers.draw import SeededDraw, uniforms, warpers
+from lightrft.engines.transformers.prefill import cache_argument, can_share_prefill, shared_prefill
+from lightrft.engines.transformers.tensor_parallel import place
+from lightrft.engines.transformers.weights import Weights
 from lightrft.media import Reading, features
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling

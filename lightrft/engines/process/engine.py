@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightrft.engines import shared_memory
 from lightrft.engines.base import Engine, EngineError, WakePart
 from lightrft.engines.buckets import packed
 from lightrft.engines.group import EngineGroup
-from lightrft.engines.process import EngineProcess
-from lightrft.engines.worker import Answer, Bucket, Call
+from lightrft.engines.process import shared_memory
+from lightrft.engines.process.child import EngineProcess
+from lightrft.engines.process.worker import Answer, Bucket, Call
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 

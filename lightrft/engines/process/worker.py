@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightrft.engines import shared_memory
 from lightrft.engines.base import Engine, EngineError
 from lightrft.engines.buckets import Piece, unpacked
-from lightrft.engines.failures import Failure
-from lightrft.engines.messages import Line
+from lightrft.engines.process import shared_memory
+from lightrft.engines.process.failures import Failure
+from lightrft.engines.process.messages import Line
 from lightrft.whereabouts import here
 
 _SECONDS_BETWEEN_LOOKS = 0.25

@@ -13,17 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightrft.engines import vllm_requests as requests
-from lightrft.engines import vllm_weights
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.checkpoint_names import checkpoint_names
 from lightrft.engines.hot_start import with_hot_start
 from lightrft.engines.skeleton import build
-from lightrft.engines.vllm_loading import load_format
-from lightrft.engines.vllm_manifest import VLLMManifest
-from lightrft.engines.vllm_memory import forget_pools
-from lightrft.engines.vllm_requests import Answer
+from lightrft.engines.vllm import requests as requests
+from lightrft.engines.vllm import weights as vllm_weights
+from lightrft.engines.vllm.loading import load_format
+from lightrft.engines.vllm.manifest import VLLMManifest
+from lightrft.engines.vllm.memory import forget_pools
+from lightrft.engines.vllm.requests import Answer
 from lightrft.media import MediaError
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.random_state import random_state, set_random_state

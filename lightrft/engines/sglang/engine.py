@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightrft.engines import sglang_scheduler as inside
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
-from lightrft.engines.live_weights import whole_fingerprint
 from lightrft.engines.manifest import Manifest
-from lightrft.engines.messages import dumps
+from lightrft.engines.process.messages import dumps
+from lightrft.engines.sglang import scheduler as inside
+from lightrft.engines.sglang.live_weights import whole_fingerprint
 from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import Tail, before_stop
 from lightrft.ops.fingerprint import Fingerprint
@@ -254,7 +254,7 @@ class SGLangEngine(CheckedEngine):
         self._folder.cleanup()
 
     def _call(self, method: str, **arguments: Any) -> list[Any]:
-        """What a function of :data:`lightrft.engines.sglang_scheduler.CALLS` returns on each of SGLang's ranks."""
+        """What a function of :data:`lightrft.engines.sglang.scheduler.CALLS` returns on each of SGLang's ranks."""
         from sglang.srt.managers.io_struct import RpcReqInput
 
         until = time.monotonic() + _SECONDS_TO_CALM_DOWN
@@ -274,7 +274,7 @@ class SGLangEngine(CheckedEngine):
 
 
 def _sampling_params(sampling: Sampling, seed: int, stops: Sequence[str], stop_ids: frozenset[int]) -> dict[str, Any]:
-    """SGLang's parameters of one response, and with them what :mod:`lightrft.engines.sglang_scheduler` wants."""
+    """SGLang's parameters of one response, and with them what :mod:`lightrft.engines.sglang.scheduler` wants."""
     fire = sampling.fire
     return {
         "max_new_tokens": sampling.max_new_tokens,

@@ -1,0 +1,1 @@
+"""A vLLM server elsewhere: what speaks to it, and what runs inside it."""

@@ -1,0 +1,1 @@
+"""SGLang: its engine, and what runs inside its scheduler."""

@@ -1,0 +1,1 @@
+"""The default engine: ``transformers``' own ``generate``, in the trainer's process."""
