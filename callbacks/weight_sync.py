@@ -141,7 +141,9 @@ class WeightSync(RFTCallback):
         ours = _log_probs(trainer, [torch.cat([p.token_ids, one.token_ids]) for p, one in zip(prompts, drawn)])
         of_prompts = torch.cat([row[: length - 1] for row in ours]) - torch.cat(scored)
         of_drawn = torch.cat([row[length - 1 :] for row in ours]) - torch.cat([one.log_probs for one in drawn])
-        return self._accepted({"scored": float(of_prompts.abs().mean()), "sampled": float(of_drawn.abs().mean())})
+        # An engine may give up on a request, and on all of them: what it sampled until then counts.
+        differences = {"scored": of_prompts, "sampled": of_drawn}
+        return self._accepted({what: float(rows.abs().mean()) for what, rows in differences.items() if len(rows)})
 
     def _accepted(self, mismatches: dict[str, float]) -> float:
         """The larger one."""

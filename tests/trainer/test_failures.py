@@ -19,7 +19,7 @@ from lightrft.callback import RFTCallback
 from lightrft.callbacks import TrajectoryWriter, WeightSync
 from lightrft.engines import EngineError, TransformersEngine
 from lightrft.rewards import Component, FunctionReward, Reward, RewardError, RewardInput, Scorer
-from lightrft.samples import Response, Sampling
+from lightrft.samples import Prompt, Response, Sampling
 from lightrft.trainer import RFTTrainer
 
 COLLECTIVES = ("all_reduce", "all_gather", "barrier", "broadcast")
@@ -280,16 +280,18 @@ def test_a_skipped_step_leaves_schedule_and_optimizer_where_they_were(inputs: Pa
 
 
 class Quiet(TransformersEngine):
-    """Ends every response at once, and gives up on ``aborts`` of each group."""
+    """Ends every response at once, and gives up on ``aborts`` of each group; on probes only the latter."""
 
     def __init__(self, aborts: int) -> None:
         super().__init__()
         self.aborts = aborts
 
-    def generate(self, *args: Any) -> list[list[Response]]:
-        groups = super().generate(*args)
-        for group in groups:
+    def generate(self, prompts: list[Prompt], *args: Any) -> list[list[Response]]:
+        groups = super().generate(prompts, *args)
+        for prompt, group in zip(prompts, groups):
             for index, response in enumerate(group):
+                if prompt.uid.startswith("probe/") and index >= self.aborts:
+                    continue
                 length = int(index >= self.aborts)
                 response.token_ids = torch.full((length,), 1)  # the end of the sequence, or nothing
                 response.log_probs, response.text = torch.full((length,), -2.0), ""
