@@ -226,7 +226,7 @@ def engine_log_probs() -> tuple[Tensor, ...]:
         mask, prompt_length = torch.ones(1, length, dtype=torch.bool), torch.tensor([len(prompt.token_ids)])
         packed = pack([torch.cat([prompt.token_ids, response.token_ids])], prompt_length, mask)
         with torch.no_grad():
-            log_probs, _ = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict, TEMPERATURE)
+            log_probs, _ = actor(*packed.inputs, temperature=TEMPERATURE)
         found.append(log_probs.float())
     return tuple(found)
 

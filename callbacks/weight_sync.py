@@ -183,7 +183,7 @@ def _log_probs(trainer: Any, sequences: list[Tensor]) -> list[Tensor]:
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     packed = pack(sequences, ones, mask).to(trainer.fabric.device)
     actor = trainer.learner.actor.eval()
-    found, _ = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+    found, _ = actor(*packed.inputs)
     return list(found.cpu().split(lengths))
 
 

@@ -22,11 +22,12 @@ from lightrft.data.supervised_data import SupervisedBatch
 from lightrft.lightning_modules import pretrained
 from lightrft.lightning_modules.backbone import LanguageBackbone
 from lightrft.lightning_modules.pretrained import LoRA
+from lightrft.media import placeholder_ids
 from lightrft.ops import Packed, log_probs_and_entropy, pack, split_by_tokens
 
 
 class ActorModule(LanguageBackbone):
-    """Any causal language model of ``transformers``, its dropout switched off.
+    """Any language model of ``transformers``, of text alone or with images or audio, its dropout switched off.
 
     The constructor is cheap; weights and tokenizer load in :meth:`configure_model`.
 
@@ -34,7 +35,7 @@ class ActorModule(LanguageBackbone):
         model: name or folder of weights. Give this or ``config``.
         config: a model configuration (``model_type`` and what ``transformers.AutoConfig.for_model`` takes) for fresh
             weights.
-        tokenizer: name or folder; ``None`` takes it from ``model``.
+        tokenizer: name or folder of the tokenizer, or of the processor around it; ``None`` takes it from ``model``.
         packing: feed packed rows (no padding computed). ``false`` pads: for architectures whose layers see across
             a packed row (state space, attention sinks, soft caps).
         gradient_checkpointing: keep no activations inside a block, compute them again in the backward.
@@ -89,9 +90,16 @@ class ActorModule(LanguageBackbone):
         return model
 
     @cached_property
+    def processor(self) -> Any:
+        """The tokenizer, or where the model reads media the ``ProcessorMixin`` around it.
+
+        Loaded when first asked for: a LightningDataModule asks before the weights are there.
+        """
+        return pretrained.load_processor(self.tokenizer_name)
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loaded when first asked for: a LightningDataModule asks before the weights are there."""
-        return pretrained.load_tokenizer(self.tokenizer_name)
+        return getattr(self.processor, "tokenizer", self.processor)
 
     def frozen_copy(self) -> ActorModule:
         """A copy of these weights without gradients: the reference policy."""
@@ -127,11 +135,11 @@ class ActorModule(LanguageBackbone):
 
         On all ranks together, as each may hold but a part; the first one writes.
         """
-        pretrained.save_pretrained(self.transformer, self.tokenizer, folder)
+        pretrained.save_pretrained(self.transformer, self.processor, folder)
 
     def save_settings(self, folder: Path) -> None:
         """Write what such a folder holds besides weights, and LoRA's settings."""
-        pretrained.save_settings(self.transformer, self.tokenizer, folder)
+        pretrained.save_settings(self.transformer, self.processor, folder)
         if self.lora is not None:
             pretrained.save_lora(self.language_model, self.name_or_path, folder)
 
@@ -143,8 +151,10 @@ class ActorModule(LanguageBackbone):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         predict: Tensor,
+        media: dict[str, Tensor] | None = None,
         temperature: float = 1.0,
         adapter: bool = True,
+        sampled: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs of the tokens after the ``predict`` positions, and the entropy they were drawn with.
 
@@ -153,8 +163,11 @@ class ActorModule(LanguageBackbone):
             position_ids: int64 ``[N]``.
             cu_seqlens: int32 ``[S + 1]``.
             predict: int64 ``[M]``.
+            media: what the model takes beside the tokens.
             temperature: divides the logits, as in sampling.
             adapter: ``False`` switches LoRA off: the reference policy.
+            sampled: of the distribution that responses are drawn from, without placeholders of images or audio;
+                ``False`` is of all tokens.
 
         Returns:
             ``(log_probs, entropy)``: at least float32 ``[M]``, nats.
@@ -164,14 +177,14 @@ class ActorModule(LanguageBackbone):
             return log_probs_and_entropy(
                 hidden,
                 input_ids[positions + 1],
-                lambda h: pretrained.logits_of(self.transformer, h),
+                lambda h: pretrained.logits_of(self.transformer, h, self._never_drawn if sampled else ()),
                 temperature=temperature,
                 chunk_tokens=self.head_chunk_tokens,
                 least_chunks=self._least_chunks(len(positions), hidden.device),
             )
 
         with nullcontext() if adapter else self._adapter_off():
-            log_probs, entropy = self._at_predictions(input_ids, position_ids, cu_seqlens, predict, head)
+            log_probs, entropy = self._at_predictions(input_ids, position_ids, cu_seqlens, predict, media or {}, head)
             return log_probs, entropy
 
     def _least_chunks(self, predictions: int, device: torch.device) -> int:
@@ -181,12 +194,16 @@ class ActorModule(LanguageBackbone):
         dist.all_reduce(chunks, op=dist.ReduceOp.MAX)
         return int(chunks)
 
+    @cached_property
+    def _never_drawn(self) -> tuple[int, ...]:
+        return placeholder_ids(self.transformer.config)
+
     def _adapter_off(self) -> AbstractContextManager[None]:
         assert self.lora is not None, "only LoRA has an adapter to switch off"
         return self.language_model.disable_adapter()  # type: ignore[union-attr, operator]
 
     def _ours(self, packed: Packed) -> Tensor:
-        log_probs, _ = self(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+        log_probs, _ = self(*packed.inputs, sampled=False)
         return log_probs[:, None]
 
     def _theirs(self, sequences: list[Tensor]) -> tuple[Tensor, float]:
@@ -239,7 +256,7 @@ class ActorModule(LanguageBackbone):
         return [part.to(self.device) for part in parts]
 
     def _negative_log_prob(self, packed: Packed) -> Tensor:
-        log_probs, _ = self(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+        log_probs, _ = self(*packed.inputs)
         return -log_probs.sum()
 
     def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lightrft.lightning_modules import packed_attention, pretrained
+from lightrft.lightning_modules import media_inputs, packed_attention, pretrained
 from lightrft.lightning_modules.pretrained import LoRA
 from lightrft.lightning_modules.sequence_parallel import SequenceParallel
+from lightrft.media import placeholder_ids
 from lightrft.ops import Packed, check_heads, pack, pad
 from lightrft.strategies import data_parallel, shard_blocks
 
@@ -153,30 +154,49 @@ class LanguageBackbone(LightningModule, ABC):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         predict: Tensor,
+        media: dict[str, Tensor],
         compute: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:
         """What ``compute`` makes of hidden states ``[K, H]`` and their positions ``[K]``: each ``[M]``, of ``predict``.
 
         ``K`` is ``M``, or what this rank's slice has of it where sequences are sharded.
         """
-        hidden = self._hidden(input_ids, position_ids, cu_seqlens)
+        hidden = self._hidden(input_ids, position_ids, cu_seqlens, media)
         if self.sequence_parallel is None:
             return compute(hidden[predict], predict)
         return self.sequence_parallel.at_predictions(hidden, predict, len(input_ids), compute)
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _hidden(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, media: dict[str, Tensor]
+    ) -> Tensor:
         """Last hidden states ``[N, H]`` of packed tokens; of this rank's slice where sequences are sharded."""
-        return (self._packed_hidden if self.packing else self._padded_hidden)(input_ids, position_ids, cu_seqlens)
+        compute = self._packed_hidden if self.packing else self._padded_hidden
+        return compute(input_ids, position_ids, cu_seqlens, media)
 
-    def _packed_hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        out = self.transformer.base_model(
-            input_ids=input_ids[None], position_ids=position_ids[None], cu_seq_lens_q=cu_seqlens, use_cache=False
+    def _packed_hidden(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, media: dict[str, Tensor]
+    ) -> Tensor:
+        model = self.transformer.base_model
+        out = model(
+            input_ids=input_ids[None],
+            position_ids=media_inputs.positions(model, input_ids, position_ids, cu_seqlens, media),
+            cu_seq_lens_q=cu_seqlens,
+            use_cache=False,
+            **media_inputs.of_model(model, media, lambda of_tokens: of_tokens[None]),
         )
         return out.last_hidden_state[0]
 
-    def _padded_hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _padded_hidden(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, media: dict[str, Tensor]
+    ) -> Tensor:
+        model = self.transformer.base_model
         padded, mask = pad(input_ids, cu_seqlens)
-        out = self.transformer.base_model(input_ids=padded, attention_mask=mask.long(), use_cache=False)
+        out = model(
+            input_ids=padded,
+            attention_mask=mask.long(),
+            use_cache=False,
+            **media_inputs.of_model(model, media, lambda of_tokens: pad(of_tokens, cu_seqlens)[0]),
+        )
         return out.last_hidden_state[mask]
 
     @torch.no_grad()
@@ -188,7 +208,9 @@ class LanguageBackbone(LightningModule, ABC):
             return
         advice = f"set packing: false on the {self.role}" if self.packing else "this architecture is not supported"
         self.eval()
-        ids = torch.arange(11, device=device) % model.get_input_embeddings().num_embeddings
+        known = torch.arange(model.get_input_embeddings().num_embeddings, device=device)
+        text = known[~torch.isin(known, torch.tensor(placeholder_ids(model.config), device=device))][:11]
+        ids = text[torch.arange(11, device=device) % len(text)]
         sequences, lengths = [ids[:5], ids[4:]], torch.ones(2, dtype=torch.int64, device=device)
         mask = torch.arange(6, device=device) < torch.tensor([[4], [6]], device=device)
         packed = pack(sequences, lengths, mask)
@@ -207,7 +229,7 @@ class LanguageBackbone(LightningModule, ABC):
 
     def _ours(self, packed: Packed) -> Tensor:
         """What the check compares, ``[K, D]``, by our forward of all sequences together."""
-        return self._hidden(packed.input_ids, packed.position_ids, packed.cu_seqlens)
+        return self._hidden(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.media)
 
     def _theirs(self, sequences: list[Tensor]) -> tuple[Tensor, float]:
         """The same by the model's own forward of each, and how far apart its outputs lie."""

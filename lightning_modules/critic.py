@@ -71,7 +71,14 @@ class CriticModule(LanguageBackbone):
         self.head = ValueHead(replaced.shape[1], 1, device=replaced.device, dtype=replaced.dtype)
         return model.base_model
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, predict: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        predict: Tensor,
+        media: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Values of the states at the ``predict`` positions: each before the next token, which it does not see.
 
         Args:
@@ -79,6 +86,7 @@ class CriticModule(LanguageBackbone):
             position_ids: int64 ``[N]``.
             cu_seqlens: int32 ``[S + 1]``.
             predict: int64 ``[M]``.
+            media: what the model takes beside the tokens.
 
         Returns:
             at least float32 ``[M]``, in units of reward.
@@ -88,7 +96,7 @@ class CriticModule(LanguageBackbone):
             assert self.head is not None, "loaded with the weights"
             return (self.head(hidden)[:, 0],)
 
-        (values,) = self._at_predictions(input_ids, position_ids, cu_seqlens, predict, values_of)
+        (values,) = self._at_predictions(input_ids, position_ids, cu_seqlens, predict, media or {}, values_of)
         return values
 
 

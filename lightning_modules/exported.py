@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from lightrft.checkpoint import verify
+from lightrft.engines.skeleton import auto_model
 from lightrft.lightning_modules import pretrained
 from lightrft.strategies import state
 
@@ -33,18 +34,19 @@ def export(checkpoint: Path, folder: Path, lora: Literal["merged", "apart"] = "m
     if lora == "apart":
         _check_apart(checkpoint, settings, adapters)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings))
+        config = AutoConfig.from_pretrained(settings)
+        model = auto_model(config).from_config(config)
         language_model = _with_adapters(model, settings) if adapters else model
     model.generation_config = GenerationConfig.from_pretrained(settings)
     _load(language_model, checkpoint)
     model.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(settings)
+    processor = pretrained.load_processor(str(settings))
     if lora == "merged":
-        pretrained.save_pretrained(model, tokenizer, folder)
+        pretrained.save_pretrained(model, processor, folder)
         return
     # Without this, peft asks the hub whether embeddings were resized.
     language_model.save_pretrained(folder, save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _check_apart(checkpoint: Path, settings: Path, adapters: bool) -> None:

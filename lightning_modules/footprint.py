@@ -233,7 +233,9 @@ def _rectangles(query: Tensor, key: Tensor, value: Tensor, sequences: int) -> Te
     return out.transpose(1, 2).flatten(0, 1)[places]
 
 
-def _equal_rows(module: LanguageBackbone, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _equal_rows(
+    module: LanguageBackbone, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, media: dict[str, Tensor]
+) -> Tensor:
     """``_padded_hidden`` of sequences of one length."""
     rows = input_ids.unflatten(0, (len(cu_seqlens) - 1, -1))
     out = module.transformer.base_model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)

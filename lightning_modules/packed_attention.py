@@ -76,7 +76,7 @@ def select(model: PreTrainedModel, packing: bool, role: str) -> None:
             )
         AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
         AttentionMaskInterface.register(PACKED_ATTENTION, _window_of_mask)
-        model.set_attn_implementation(PACKED_ATTENTION)
+        _set(model, PACKED_ATTENTION)
     elif getattr(config, "attn_logit_softcapping", None) is not None:
         # scaled_dot_product_attention has no soft cap, and transformers drops it there without a word.
         model.set_attn_implementation("eager")
@@ -85,12 +85,19 @@ def select(model: PreTrainedModel, packing: bool, role: str) -> None:
 @contextmanager
 def plain(model: PreTrainedModel) -> Iterator[None]:
     """Attention as the architecture itself spells it out."""
-    used = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    used = model.config.get_text_config()._attn_implementation
+    _set(model, "eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(used)
+        _set(model, used)
+
+
+def _set(model: PreTrainedModel, implementation: str) -> None:
+    """Of the text decoder; towers attend over their own items, as they were loaded to."""
+    config, text = model.config, model.config.get_text_config()
+    of_decoder = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    model.set_attn_implementation({of_decoder[0]: implementation} if of_decoder else implementation)
 
 
 def _window_of_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:

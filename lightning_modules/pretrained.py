@@ -1,11 +1,11 @@
-"""Causal language models and tokenizers of ``transformers``: loading, LoRA, the parts training needs, writing back."""
+"""Language models of ``transformers``, with what reads their prompts: loading, LoRA, parts, writing back."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
 
 from lightrft.checkpoint import is_checkpoint
+from lightrft.engines.skeleton import auto_model
 from lightrft.strategies import gathered, whole
 
 
@@ -64,22 +65,25 @@ def load_model(name_or_path: str | None, config: dict[str, Any] | PreTrainedConf
         _check_place(name_or_path, "model")
     try:
         if config is not None:
-            model = AutoModelForCausalLM.from_config(_known_config(config), **options)
+            known = _known_config(config)
+            model = auto_model(known).from_config(known, **options)
         elif torch.get_default_device().type == "meta":
             model = _skeleton(str(name_or_path), options)
         else:
             # Trainers configure inside a device context, in which transformers loads only with accelerate's help.
             with torch.device("cpu"):
-                model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+                auto = auto_model(AutoConfig.from_pretrained(name_or_path))
+                model = auto.from_pretrained(name_or_path, **options)
         return _without_dropout(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"config {config}" if config is not None else f"model {name_or_path!r}"
-        raise ValueError(f"Cannot build a causal language model from {what}: {_one_line(error)}") from error
+        raise ValueError(f"Cannot build a language model from {what}: {_one_line(error)}") from error
 
 
 def _skeleton(name_or_path: str, options: dict[str, Any]) -> PreTrainedModel:
     """Without weights, for a rank that gets them from another."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name_or_path), **options)
+    config = AutoConfig.from_pretrained(name_or_path)
+    model = auto_model(config).from_config(config, **options)
     with suppress(OSError):  # the folder has none
         model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     return model
@@ -140,22 +144,32 @@ def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer; one without a padding token pads with its end of sequence.
+def load_processor(name_or_path: str) -> Any:
+    """What reads prompts: the tokenizer, or the processor around it where there is one for images or audio.
+
+    A tokenizer without a padding token pads with its end of sequence.
 
     Raises:
         ValueError: there is none, or it has no end of sequence.
+        ImportError: the processor needs a package that is not installed; names it.
     """
     _check_place(name_or_path, "tokenizer")
+    auto = AutoProcessor if _has_processor(name_or_path) else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        processor = auto.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot load a tokenizer from {name_or_path!r}: {_one_line(error)}") from error
+    tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer {name_or_path!r} has no eos_token; a response could never end. Set one.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return processor
+
+
+def _has_processor(name_or_path: str) -> bool:
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    return any(cached_file(name_or_path, name, **missing) for name in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME))
 
 
 def add_lora(model: PreTrainedModel, lora: LoRA) -> nn.Module:
@@ -173,8 +187,11 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The head of ``model`` with the scalings some families put after it (Cohere, Granite, Gemma)."""
+def logits_of(model: PreTrainedModel, hidden: Tensor, never: Sequence[int] = ()) -> Tensor:
+    """The head of ``model`` with the scalings some families put after it (Cohere, Granite, Gemma).
+
+    Tokens ``never`` drawn get a logit of ``-inf``.
+    """
     logits = model.get_output_embeddings()(hidden)
     config = model.config.get_text_config()
     if (scale := getattr(config, "logit_scale", None)) is not None:
@@ -183,6 +200,8 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         logits = logits / divisor
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
+    if never:
+        logits.index_fill_(-1, torch.tensor(never, device=logits.device), -torch.inf)
     return logits
 
 
@@ -270,8 +289,8 @@ def _siblings(name: str) -> str:
     return re.sub(r"\.\d+$", "", parent)
 
 
-def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that ``from_pretrained`` loads, with merged weights and the tokenizer.
+def save_pretrained(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """A folder that ``from_pretrained`` loads, with merged weights and the tokenizer, or processor.
 
     On all ranks together, as each may hold but a part of the weights; the first one keeps them and writes.
     """
@@ -281,23 +300,25 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return
     # A fresh skeleton: the model in training may hold adapters and our attention's name.
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
+        config = copy.deepcopy(model.config)
+        skeleton = auto_model(config).from_config(config, attn_implementation="eager")
     skeleton.load_state_dict(weights, strict=False, assign=True)
     skeleton.tie_weights()
-    skeleton.config, skeleton.generation_config = _configs(model, tokenizer)
+    skeleton.config, skeleton.generation_config = _configs(model, processor)
     skeleton.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
-def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_settings(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     """What :func:`save_pretrained` writes besides weights."""
-    for config in _configs(model, tokenizer):
+    for config in _configs(model, processor):
         config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
-def _configs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+def _configs(model: PreTrainedModel, processor: Any) -> tuple[Any, Any]:
     """Configuration and generation settings as a reader needs them."""
+    tokenizer = getattr(processor, "tokenizer", processor)
     config, generation_config = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     # Fresh weights name no tokens of their own; a reader that does not ask the tokenizer would never stop.
     for name in ("eos_token_id", "pad_token_id"):

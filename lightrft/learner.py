@@ -130,8 +130,8 @@ class Learner:
     def _forward(self, batch: Batch, model: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         """What ``model`` says of every trained token, each ``[B, T]``, 0 outside the mask."""
         mark()
-        packed = pack(batch.sequences, batch.prompt_lengths, batch.response_mask)
-        found = model(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+        packed = pack(batch.sequences, batch.prompt_lengths, batch.response_mask, batch.readings)
+        found = model(*packed.inputs)
         return [packed.scatter(values) for values in found]
 
     def _workload(self, batch: Batch) -> Workload:

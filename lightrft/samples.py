@@ -8,7 +8,7 @@ by bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -73,6 +73,55 @@ class Prompt:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Prompt:
         return cls(**{**state, "media": Media.from_state_dict(state["media"])})
+
+
+@dataclass(eq=False)
+class MediaItem:
+    """One image or audio as its model takes it.
+
+    Attributes:
+        kind: field of :class:`Media`.
+        token_ids: int64 ``[N]``, what stands in the sequence in place of its placeholder.
+        token_types: int64 ``[N]`` by name: what the processor says of each of them (``mm_token_type_ids``).
+        features: tensors by the name of the model's argument, whose first dimensions are this item's alone.
+    """
+
+    kind: str
+    token_ids: Tensor
+    token_types: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt as its model takes it.
+
+    Attributes:
+        token_ids: int64 ``[L]``, those of the prompt with each placeholder expanded.
+        token_types: int64 ``[L]`` by name, zero on text; empty where the prompt has no media.
+        items: in the order of the prompt's media, kind by kind.
+    """
+
+    token_ids: Tensor
+    token_types: dict[str, Tensor] = field(default_factory=dict)
+    items: list[MediaItem] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Of its media."""
+        return frozenset(item.kind for item in self.items)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Reading:
+        """The same with every tensor changed, one after another and always in the same order."""
+
+        def changed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items()}
+
+        items = [
+            MediaItem(item.kind, change(item.token_ids), changed(item.token_types), changed(item.features))
+            for item in self.items
+        ]
+        return Reading(change(self.token_ids), changed(self.token_types), items)
 
 
 @dataclass(frozen=True)
@@ -240,7 +289,7 @@ class Rollout:
 
 
 def _from_shapes() -> Any:
-    """A tensor that :meth:`Batch.__post_init__` fills in where it is not given."""
+    """A field that :meth:`Batch.__post_init__` fills in where it is not given."""
     return field(default=None)
 
 
@@ -257,6 +306,7 @@ class Batch:
         group_ids: int64 ``[B]``; responses to one prompt share one.
         rewards: float32 ``[B]``, from the advantages on with the algorithm's shaping.
         log_probs_rollout: float32 ``[B, T]`` nats, the engine's.
+        readings: ``B``; what the model takes of the prompt's media, shared by its group; ``None`` where there are none.
         truncated: bool ``[B]``; the response was cut at the longest length.
         comparable: bool ``[B, T]``; the engine drew the token from the distribution the trainer gives log-probs of
             (FIRE's hot first token it did not).
@@ -280,6 +330,7 @@ class Batch:
     group_ids: Tensor
     rewards: Tensor
     log_probs_rollout: Tensor
+    readings: list[Reading | None] = _from_shapes()
     truncated: Tensor = _from_shapes()
     comparable: Tensor = _from_shapes()
     greedy_rewards: Tensor = _from_shapes()
@@ -294,6 +345,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         kinds = {"truncated": torch.bool, "comparable": torch.bool, "greedy_lengths": torch.int64}
+        if self.readings is None:
+            self.readings = [None] * len(self.sequences)
         for name in (f.name for f in fields(self) if getattr(self, f.name) is None):
             a_response = name in ("truncated", "greedy_rewards", "greedy_lengths")
             like = self.rewards if a_response else self.response_mask
@@ -301,9 +354,16 @@ class Batch:
             setattr(self, name, torch.full_like(like, fill, dtype=kinds.get(name, torch.float32)))
 
     @classmethod
-    def from_rollout(cls, rollout: Rollout) -> Batch:
-        """Lay a scored rollout out for training; log-probs and advantages that are not known yet are zero."""
+    def from_rollout(cls, rollout: Rollout, readings: Sequence[Reading] | None = None) -> Batch:
+        """Lay a scored rollout out for training; log-probs and advantages that are not known yet are zero.
+
+        Args:
+            rollout: scored.
+            readings: of its prompts, where the model reads media.
+        """
         pairs = list(rollout)
+        read = list(readings) if readings is not None else [Reading(prompt.token_ids) for prompt in rollout.prompts]
+        of_row = [read[index] for index, group in enumerate(rollout.groups) for _ in group]
         responses = [response for _, response in pairs]
         lengths = torch.tensor([len(response.token_ids) for response in responses], dtype=torch.int64)
         columns = torch.arange(max(1, int(lengths.max()) if len(lengths) else 1))
@@ -315,12 +375,13 @@ class Batch:
         for row, response in enumerate(responses):
             log_probs[row, : lengths[row]] = response.log_probs
         batch = cls(
-            sequences=[torch.cat([prompt.token_ids, response.token_ids]) for prompt, response in pairs],
-            prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt, _ in pairs], dtype=torch.int64),
+            sequences=[torch.cat([own.token_ids, response.token_ids]) for own, response in zip(of_row, responses)],
+            prompt_lengths=torch.tensor([len(own.token_ids) for own in of_row], dtype=torch.int64),
             response_mask=mask,
             group_ids=torch.tensor([i for i, group in enumerate(rollout.groups) for _ in group], dtype=torch.int64),
             rewards=_rewards(responses),
             log_probs_rollout=log_probs,
+            readings=[own if own.items else None for own in of_row],
             truncated=torch.tensor([response.finish_reason == "length" for response in responses], dtype=torch.bool),
             comparable=comparable.clone(),
         )
@@ -345,14 +406,15 @@ class Batch:
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """Every tensor, ``[B]`` or ``[B, T]``, by name: all but the sequences."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
+        """Every tensor, ``[B]`` or ``[B, T]``, by name: all but the sequences and what is read of their media."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sequences", "readings")}
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The given rows, in the given order; ``T`` is kept."""
         index = torch.as_tensor(list(rows), dtype=torch.int64)
         columns = {name: column[index] for name, column in self.columns.items()}
-        return Batch(sequences=[self.sequences[row] for row in index.tolist()], **columns)
+        sequences, readings = ([of[row] for row in index.tolist()] for of in (self.sequences, self.readings))
+        return Batch(sequences=sequences, readings=readings, **columns)
 
     def put(self, rows: Sequence[int], part: Batch) -> None:
         """Write the tensors of ``part``, which :meth:`select` took from the given rows, back into them."""
@@ -362,14 +424,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         columns = {name: column.to(device) for name, column in self.columns.items()}
-        return Batch(sequences=[sequence.to(device) for sequence in self.sequences], **columns)
+        shared = {id(one): one.map(lambda tensor: tensor.to(device)) for one in self.readings if one is not None}
+        return Batch(
+            sequences=[sequence.to(device) for sequence in self.sequences],
+            readings=[shared.get(id(one)) for one in self.readings],
+            **columns,
+        )
 
     def state_dict(self) -> dict[str, Any]:
+        """Without what was read of media, which may be large: it is read again."""
         return {"sequences": self.sequences, **self.columns}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Batch:
-        return cls(**state)
+    def from_state_dict(cls, state: dict[str, Any], readings: list[Reading | None] | None = None) -> Batch:
+        return cls(**state, readings=readings)
 
 
 def _rewards(responses: Sequence[Response]) -> Tensor:

@@ -57,10 +57,11 @@ def chat(
 
 
 def _load(folder: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
-    auto = AutoModelForCausalLM if known else AutoModelForMultimodalLM
+    from lightrft.engines.skeleton import auto_model
+
+    auto = auto_model(AutoConfig.from_pretrained(folder))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     return auto.from_pretrained(folder, dtype="auto").eval().to(device), AutoTokenizer.from_pretrained(folder)
 

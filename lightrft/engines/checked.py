@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lightrft.engines.base import Engine, EngineError, WakePart
 from lightrft.engines.group import EngineGroup
 from lightrft.engines.stopping import Detokenizer
-from lightrft.media import MediaProcessor
+from lightrft.media import MediaProcessor, placeholder_ids
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 
@@ -41,6 +41,9 @@ class CheckedEngine(Engine):
                 f"{name} has tensor_parallel_size={self.tensor_parallel_size}, but was started on a group "
                 f"of {self._group.size}; pass EngineGroup({self.tensor_parallel_size})."
             )
+        self._never_drawn = placeholder_ids(config)
+        if self._never_drawn and not self.reads_media:
+            raise EngineError(f"{name} does not serve models that read media; choose an engine that does.")
         self._closed, self._asleep = False, set()
         self._device = torch.device(device)
         # A processor holds its tokenizer.

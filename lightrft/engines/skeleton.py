@@ -14,6 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrai
 from lightrft.engines.base import EngineError
 
 
+def auto_model(config: Any) -> Any:
+    """The class of ``transformers`` that builds and loads models of a config that generate text."""
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForMultimodalLM
+
+
 def build(config: Any, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """The model with buffers on ``device`` and parameters nowhere, the generators of this process left as they were.
 
@@ -26,9 +31,7 @@ def build(config: Any, dtype: torch.dtype | None, device: torch.device) -> PreTr
         EngineError: ``transformers`` has no model that generates text for the config.
     """
     config = copy.deepcopy(config)
-    auto = AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        auto = AutoModelForMultimodalLM
+    auto = auto_model(config)
     dtype = dtype or config.dtype or torch.get_default_dtype()
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.device(device), without_parameters():

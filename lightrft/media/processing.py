@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightrft.media.references import MediaError, audio, described, image
-from lightrft.samples import Prompt
+from lightrft.samples import MediaItem, Prompt, Reading
 
 Made = TypeVar("Made")
 
@@ -19,50 +18,15 @@ _PARTS = {"images": "image", "audios": "audio", "videos": "video"}
 _PER_TOKEN = "token_type_ids"  # ends the names of what a processor says of every token
 
 
-@dataclass(eq=False)
-class MediaItem:
-    """One image or audio as its model takes it.
+def placeholder_ids(config: Any) -> tuple[int, ...]:
+    """Ids, ascending, of the tokens for which a model of this ``transformers`` config sees an image, video or audio.
 
-    Attributes:
-        token_ids: int64 ``[N]``, what stands in the sequence in place of its placeholder.
-        token_types: int64 ``[N]`` by name: what the processor says of each of them (``mm_token_type_ids``).
-        features: tensors by the name of the model's argument, whose first dimensions are this item's alone.
+    They mean nothing in a response, which has no media: no engine samples them, and the trainer's log-probs are of a
+    distribution without them.
     """
-
-    token_ids: Tensor
-    token_types: dict[str, Tensor]
-    features: dict[str, Tensor]
-
-
-@dataclass(eq=False)
-class Reading:
-    """A prompt as its model takes it.
-
-    Attributes:
-        token_ids: int64 ``[L]``, those of the prompt with each placeholder expanded.
-        token_types: int64 ``[L]`` by name, zero on text; empty where the prompt has no media.
-        items: in the order of the prompt's media, kind by kind.
-    """
-
-    token_ids: Tensor
-    token_types: dict[str, Tensor] = field(default_factory=dict)
-    items: list[MediaItem] = field(default_factory=list)
-
-
-def features(items: Iterable[MediaItem]) -> dict[str, Tensor]:
-    """What a model takes beside the tokens, for items in the order in which they stand in its rows.
-
-    Raises:
-        MediaError: features that differ in more than their first dimension, so that they cannot be joined.
-    """
-    found: dict[str, list[Tensor]] = {}
-    for item in items:
-        for name, tensor in item.features.items():
-            found.setdefault(name, []).append(tensor)
-    for name, tensors in found.items():
-        if len(shapes := {tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
-            raise MediaError(f"{name} of several items have shapes {sorted(shapes)} each; they cannot be joined.")
-    return {name: torch.cat(tensors) for name, tensors in found.items()}
+    names = (f"{part}_token_{what}" for part in _PARTS.values() for what in ("id", "index"))
+    found = {getattr(config, name, None) for name in names}
+    return tuple(sorted(index for index in found if isinstance(index, int)))
 
 
 class MediaProcessor:
@@ -141,10 +105,10 @@ class MediaProcessor:
         waiting = {self._ids[kind]: iter(own) for kind, own in items.items()}
         done = 0
         for at in torch.isin(token_ids, torch.tensor(list(waiting))).nonzero()[:, 0].tolist():
-            yield MediaItem(token_ids[done:at], {}, {})
+            yield MediaItem("text", token_ids[done:at], {}, {})
             yield next(waiting[int(token_ids[at])])
             done = at + 1
-        yield MediaItem(token_ids[done:], {}, {})
+        yield MediaItem("text", token_ids[done:], {}, {})
 
     def _each(self, prompt: Prompt, make: Callable[[str, Any], Made]) -> Iterator[tuple[str, Made]]:
         for kind, part in _PARTS.items():
@@ -168,6 +132,7 @@ class MediaProcessor:
         token_ids = made.pop("input_ids")[0]
         made.pop("attention_mask", None)
         return MediaItem(
+            kind=kind,
             token_ids=token_ids,
             token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(_PER_TOKEN)},
             features={name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)},

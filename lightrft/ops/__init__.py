@@ -4,7 +4,7 @@ from lightrft.ops.attention import varlen_attention
 from lightrft.ops.balance import CostModel, busiest_over_mean, loads, micro_steps, partition
 from lightrft.ops.fingerprint import Fingerprint, Fingerprints, fingerprint, joined
 from lightrft.ops.log_probs import log_probs_and_entropy
-from lightrft.ops.packing import Packed, pack, pad, split_by_tokens
+from lightrft.ops.packing import Packed, joined_features, pack, pad, split_by_tokens
 from lightrft.ops.sequence_parallel import check_heads, sequence_parallel_attention, sum_of_parts
 from lightrft.ops.shard import Shard
 
@@ -18,6 +18,7 @@ __all__ = [
     "check_heads",
     "fingerprint",
     "joined",
+    "joined_features",
     "loads",
     "log_probs_and_entropy",
     "micro_steps",

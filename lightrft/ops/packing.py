@@ -6,11 +6,13 @@ A packed row computes no padding: position ids restart at each sequence and ``cu
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from lightrft.samples import MediaItem, Reading
 
 
 @dataclass(eq=False)
@@ -22,6 +24,8 @@ class Packed:
         position_ids: int64 ``[N]``, from 0 in each sequence.
         cu_seqlens: int32 ``[S + 1]``, start of each sequence and ``N``.
         predict: int64 ``[M]``, packed positions whose *next* token is trained on.
+        media: what the model takes beside the tokens, by the name of its argument: features of the images and audio of
+            all sequences, one after the other, and what its processor says of each token, int64 ``[N]``.
         rows, columns: int64 ``[M]``, where in ``[B, T]`` each prediction belongs.
         shape: ``(B, T)``.
     """
@@ -30,54 +34,87 @@ class Packed:
     position_ids: Tensor
     cu_seqlens: Tensor
     predict: Tensor
+    media: dict[str, Tensor]
     rows: Tensor
     columns: Tensor
     shape: tuple[int, int]
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """What actor and critic are called with."""
+        return self.input_ids, self.position_ids, self.cu_seqlens, self.predict, self.media
+
     def to(self, device: torch.device) -> Packed:
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "shape"}
-        return Packed(shape=self.shape, **tensors)
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("shape", "media")}
+        media = {name: tensor.to(device) for name, tensor in self.media.items()}
+        return Packed(shape=self.shape, media=media, **tensors)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Put ``[M]`` per-prediction values at their places in ``[B, T]``; the rest is 0. Differentiable."""
         return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
 
 
-def pack(sequences: Sequence[Tensor], prompt_lengths: Tensor, response_mask: Tensor) -> Packed:
-    """Pack the sequences that have something to train on.
-
-    A row of ``response_mask`` that is all ``False`` costs nothing. If all rows are, the first sequence goes in without
-    predictions, so that a rank with nothing to train on still runs the forward and backward its peers wait for.
+def pack(
+    sequences: Sequence[Tensor],
+    prompt_lengths: Tensor,
+    response_mask: Tensor,
+    readings: Sequence[Reading | None] = (),
+) -> Packed:
+    """Pack sequences, those without anything to train on too.
 
     Args:
-        sequences: ``B`` int64 ``[L_i]`` tensors, prompt then response.
+        sequences: ``B`` int64 ``[L_i]`` tensors, prompt then response; at least one.
         prompt_lengths: int64 ``[B]``.
         response_mask: bool ``[B, T]``; column ``t`` of row ``i`` is token ``prompt_lengths[i] + t``.
+        readings: ``B``, of the prompts; none where no prompt has media.
 
     Raises:
-        ValueError: a trained token at position 0 (no token before predicts it) or past the end of its sequence.
+        ValueError: a trained token at position 0 (no token before predicts it) or past the end of its sequence; or
+            features of several media that cannot be joined.
     """
     rows, columns = response_mask.nonzero(as_tuple=True)
-    used = torch.unique(rows).tolist() or [0]
     device = response_mask.device
-    lengths = torch.tensor([len(sequences[row]) for row in used], device=device)
-    starts = lengths.cumsum(0) - lengths
-    start_of_row = torch.zeros(len(sequences), dtype=torch.int64, device=device)
-    start_of_row[used] = starts
-    end_of_row = torch.zeros_like(start_of_row)
-    end_of_row[used] = lengths
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    ends = lengths.cumsum(0)
     token = prompt_lengths.to(device)[rows] + columns
-    if bool((token < 1).any()) or bool((token >= end_of_row[rows]).any()):
+    if bool((token < 1).any()) or bool((token >= lengths[rows]).any()):
         raise ValueError("A trained token lies outside its sequence or has no token before it; prompts need a token.")
     return Packed(
-        input_ids=torch.cat([sequences[row] for row in used]),
-        position_ids=torch.cat([torch.arange(len(sequences[row]), device=device) for row in used]),
-        cu_seqlens=torch.cat([starts, starts[-1:] + lengths[-1:]]).to(torch.int32),
-        predict=start_of_row[rows] + token - 1,
+        input_ids=torch.cat(list(sequences)),
+        position_ids=torch.cat([torch.arange(len(sequence), device=device) for sequence in sequences]),
+        cu_seqlens=torch.cat([ends[:1] - lengths[:1], ends]).to(torch.int32),
+        predict=(ends - lengths)[rows] + token - 1,
+        media=_media(sequences, readings),
         rows=rows,
         columns=columns,
         shape=(len(sequences), response_mask.shape[1]),
     )
+
+
+def joined_features(items: Iterable[MediaItem]) -> dict[str, Tensor]:
+    """What a model takes beside the tokens, for items in the order in which they stand in its rows.
+
+    Raises:
+        ValueError: features that differ in more than their first dimension, so that they cannot be joined.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for item in items:
+        for name, tensor in item.features.items():
+            found.setdefault(name, []).append(tensor)
+    for name, tensors in found.items():
+        if len(shapes := {tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
+            raise ValueError(f"{name} of several items have shapes {sorted(shapes)} each; they cannot be joined.")
+    return {name: torch.cat(tensors) for name, tensors in found.items()}
+
+
+def _media(sequences: Sequence[Tensor], readings: Sequence[Reading | None]) -> dict[str, Tensor]:
+    items = [item for reading in readings if reading is not None for item in reading.items]
+    names = {name for reading in readings if reading is not None for name in reading.token_types}
+    types = {name: [torch.zeros_like(sequence) for sequence in sequences] for name in sorted(names)}
+    for row, reading in enumerate(readings):
+        for name, of_prompt in (reading.token_types if reading is not None else {}).items():
+            types[name][row][: len(of_prompt)] = of_prompt
+    return joined_features(items) | {name: torch.cat(rows) for name, rows in types.items()}
 
 
 def pad(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ def group_of(degree: int) -> dist.ProcessGroup:
 
 
 def outputs(module: Any, packed: Packed, **options: Any) -> list[Tensor]:
-    found = module(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict, **options)
+    found = module(*packed.inputs, **options)
     return list(found) if isinstance(found, tuple) else [found]
 
 

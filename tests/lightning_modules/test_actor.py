@@ -31,7 +31,7 @@ def build(inputs: Path, config: dict[str, Any], **options: Any) -> ActorModule:
 def run(actor: ActorModule, rows: list[Tensor], **options: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs and entropies of tokens 1.. of each sequence."""
     packed = packed_whole(rows)
-    log_probs, entropy = actor(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict, **options)
+    log_probs, entropy = actor(*packed.inputs, **options)
     sizes = [len(row) - 1 for row in rows]
     return list(log_probs.split(sizes)), list(entropy.split(sizes))
 

@@ -32,7 +32,7 @@ def build(config: dict[str, Any], **options: Any) -> CriticModule:
 def run(critic: CriticModule, rows: list[Tensor]) -> Tensor:
     """Values before tokens 1.. of each sequence, one after the other, of one forward."""
     packed = packed_whole(rows)
-    return critic(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+    return critic(*packed.inputs)
 
 
 def one_by_one(critic: CriticModule, rows: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from lightrft.lightning_modules import ActorModule, packed_attention
+from lightrft.ops import Packed
 
 RANKS = 4
 IMAGE = 11
@@ -39,65 +40,45 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-class VisionActor(ActorModule):
-    """The actor over a model that is handed to it, with the images of the row."""
-
-    def attach(self, model: PreTrainedModel, pixels: Tensor) -> VisionActor:
-        self.language_model, self.pixels = model, pixels
-        return self
-
-    def _packed_hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        out = self.transformer.base_model(
-            input_ids=input_ids[None],
-            position_ids=position_ids,
-            cu_seq_lens_q=cu_seqlens,
-            pixel_values=self.pixels,
-            image_grid_thw=GRIDS,
-            use_cache=False,
-        )
-        return out.last_hidden_state[0]
-
-
-def build(family: str, **options: Any) -> VisionActor:
+def build(family: str, **options: Any) -> ActorModule:
     torch.manual_seed(0)
     text, vision = MODELS[family]
     config = AutoConfig.for_model(
         family, text_config=TEXT | text, vision_config=VISION | vision, image_token_id=IMAGE, video_token_id=12
     )
     model = sharpen(AutoModelForImageTextToText.from_config(config)).double()
-    packed_attention.select(model, True, "actor")  # registers
-    model.set_attn_implementation({"text_config": packed_attention.PACKED_ATTENTION, "vision_config": "eager"})
-    patch = 3 * model.config.vision_config.temporal_patch_size * VISION["patch_size"] ** 2
-    pixels = torch.randn(int(GRIDS.prod(-1).sum()), patch, dtype=torch.float64)
+    packed_attention.select(model, True, "actor")
+    model.set_attn_implementation({"vision_config": "eager"})
     if options.pop("checkpointing", False):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return VisionActor(model="none", **options).attach(model, pixels)
+    actor = ActorModule(model="none", **options)
+    actor.language_model = model
+    return actor
 
 
-def positions_of(model: PreTrainedModel, row: list[int], grid: Tensor) -> Tensor:
-    """``[3, 1, L]`` by the model's own method."""
-    ids = torch.tensor([row])
-    found, _ = model.base_model.get_rope_index(ids, mm_token_type_ids=(ids == IMAGE).int(), image_grid_thw=grid[None])
-    return found
+def row_of_images(model: PreTrainedModel) -> Packed:
+    packed = packed_whole([torch.tensor(row) for row in ROWS])
+    patch = 3 * model.config.vision_config.temporal_patch_size * VISION["patch_size"] ** 2
+    pixels = torch.randn(int(GRIDS.prod(-1).sum()), patch, dtype=torch.float64)
+    types = (packed.input_ids == IMAGE).long()
+    packed.media = {"pixel_values": pixels, "image_grid_thw": GRIDS, "mm_token_type_ids": types}
+    return packed
 
 
-def plain(actor: VisionActor) -> Tensor:
+def plain(model: PreTrainedModel, pixels: Tensor) -> Tensor:
     """Log-probs of the model's own forward, one sequence at a time."""
-    model = actor.transformer
-    used = {"text_config": packed_attention.PACKED_ATTENTION, "vision_config": "eager"}
-    model.set_attn_implementation("eager")
-    found, patches = [], actor.pixels.split(GRIDS.prod(-1).tolist())
-    for row, grid, pixels in zip(ROWS, GRIDS, patches):
-        ids = torch.tensor([row])
-        logits = model(
-            input_ids=ids,
-            mm_token_type_ids=(ids == IMAGE).int(),
-            pixel_values=pixels,
-            image_grid_thw=grid[None],
-            use_cache=False,
-        ).logits[0, :-1]
-        found.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0])
-    model.set_attn_implementation(used)
+    found, patches = [], pixels.split(GRIDS.prod(-1).tolist())
+    with packed_attention.plain(model):
+        for row, grid, of_row in zip(ROWS, GRIDS, patches):
+            ids = torch.tensor([row])
+            logits = model(
+                input_ids=ids,
+                mm_token_type_ids=(ids == IMAGE).int(),
+                pixel_values=of_row,
+                image_grid_thw=grid[None],
+                use_cache=False,
+            ).logits[0, :-1]
+            found.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0])
     return torch.cat(found)
 
 
@@ -105,13 +86,10 @@ def as_on_one_rank(family: str) -> None:
     dist.init_process_group("gloo")
     for checkpointing in (False, True):
         actor = build(family, checkpointing=checkpointing).train()
-        packed = packed_whole([torch.tensor(row) for row in ROWS])
-        packed.position_ids = torch.cat(
-            [positions_of(actor.transformer, row, grid) for row, grid in zip(ROWS, GRIDS)], dim=-1
-        )
-        (log_probs, _) = check_slices(actor, packed, (2, 4), 1e-8, 1e-6)
-        torch.testing.assert_close(log_probs, plain(actor), rtol=1e-6, atol=1e-6)
-    every = gradient(actor, loss_of(outputs(actor, packed)))
+        packed = row_of_images(actor.transformer)
+        (log_probs, _) = check_slices(actor, packed, (2, 4), 1e-8, 1e-6, sampled=False)
+        torch.testing.assert_close(log_probs, plain(actor.transformer, packed.media["pixel_values"]), rtol=1e-6, atol=1e-6)
+    every = gradient(actor, loss_of(outputs(actor, packed, sampled=False)))
     tower = sum(parameter.numel() for parameter in actor.transformer.base_model.visual.parameters())
     assert tower and every[:tower].norm() > 1e-3 * every.norm()  # images matter
 

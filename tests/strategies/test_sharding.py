@@ -48,7 +48,7 @@ def loss_of(module: Any, rank: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
     sequences = list(torch.randint(2, 14, (3, 9), generator=generator))
     packed = pack(sequences, torch.ones(3, dtype=torch.int64), torch.ones(3, 8, dtype=torch.bool))
-    log_probs, _ = module(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.predict)
+    log_probs, _ = module(*packed.inputs)
     return -log_probs.mean()
 
 

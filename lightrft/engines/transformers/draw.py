@@ -10,6 +10,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -106,19 +107,21 @@ class SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
-def warpers(sampling: Sampling, prompt_tokens: int) -> list[LogitsProcessor]:
+def warpers(sampling: Sampling, prompt_tokens: int, never_drawn: Sequence[int] = ()) -> list[LogitsProcessor]:
     """The distributions that ``sampling`` asks for.
 
     Args:
         sampling: how responses are drawn.
         prompt_tokens: length of the padded prompts.
+        never_drawn: ids that are not drawn.
     """
+    never = [SuppressTokensLogitsProcessor(list(never_drawn))] if never_drawn else []
     later = _regular(sampling)
     if sampling.fire is None:
-        return later
+        return never + later
     # Top-k first: divided by a high temperature, logits that differ may round to the same number.
     first = [TopKLogitsWarper(sampling.fire.top_k), TemperatureLogitsWarper(float(sampling.fire.temperature))]
-    return [FirstTokenWarper(first, later, prompt_tokens)]
+    return [*never, FirstTokenWarper(first, later, prompt_tokens)]
 
 
 def _regular(sampling: Sampling) -> list[LogitsProcessor]:

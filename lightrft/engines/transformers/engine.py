@@ -23,9 +23,9 @@ from lightrft.engines.transformers.draw import SeededDraw, uniforms, warpers
 from lightrft.engines.transformers.prefill import cache_argument, can_share_prefill, shared_prefill
 from lightrft.engines.transformers.tensor_parallel import place
 from lightrft.engines.transformers.weights import Weights
-from lightrft.media import Reading, features
+from lightrft.ops import joined_features
 from lightrft.ops.fingerprint import Fingerprint
-from lightrft.samples import Prompt, Response, Sampling
+from lightrft.samples import Prompt, Reading, Response, Sampling
 from lightrft.whereabouts import mark
 
 # Logits of a scoring pass held at once: 1 GiB in float32.
@@ -180,7 +180,7 @@ class TransformersEngine(CheckedEngine):
                     eos_token_id=sorted(stop_ids) or None,
                     pad_token_id=self._pad_id,
                 ),
-                logits_processor=LogitsProcessorList([*warpers(sampling, length), draw]),
+                logits_processor=LogitsProcessorList([*warpers(sampling, length, self._never_drawn), draw]),
                 stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
                 synced_gpus=False,
                 **shared,
@@ -230,7 +230,7 @@ class TransformersEngine(CheckedEngine):
     def _media_inputs(self, readings: Sequence[Reading], row_of: Sequence[int], length: int) -> dict[str, Tensor]:
         """What the model takes beside the tokens of the rows, each padded on its left to ``length``."""
         rows = [readings[prompt] for prompt in row_of]
-        inputs = features(item for row in rows for item in row.items)
+        inputs = joined_features(item for row in rows for item in row.items)
         for name in {name for row in rows for name in row.token_types}:
             inputs[name] = torch.zeros(len(rows), length, dtype=torch.int64)
             for own, row in zip(inputs[name], rows):

@@ -176,7 +176,8 @@ class VLLMEngine(CheckedEngine):
         with _undisturbed():
             for prompt, own in zip(prompts, seeds):
                 asked += [self._rendered(prompt, sampling)] * len(own)
-        params = requests.sampling_params(sampling, [seed for own in seeds for seed in own], stop_ids, bool(stops))
+        flat = [seed for own in seeds for seed in own]
+        params = requests.sampling_params(sampling, flat, stop_ids, bool(stops), self._never_drawn)
         answers = self._run(asked, params, stops)
         return requests.responses(prompts, sampling, seeds, answers, stops, self._detokenizer, self.weight_version)
 

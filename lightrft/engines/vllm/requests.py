@@ -13,16 +13,19 @@ from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.stopping import Detokenizer, Tail, before_stop
 from lightrft.samples import Prompt, Response, Sampling
 
+# The least that vLLM adds to a logit; even where it is the likeliest by far, what is left of its probability is none.
+_NEVER = -100.0
 # What an engine's parts are called when they are woken.
 TAGS: dict[WakePart, str] = {"weights": "weights", "cache": "kv_cache"}
 
 
-def drawing(sampling: Sampling, stop_ids: frozenset[int]) -> dict[str, Any]:
+def drawing(sampling: Sampling, stop_ids: frozenset[int], never_drawn: Sequence[int] = ()) -> dict[str, Any]:
     """Arguments of vLLM's ``SamplingParams``, all but the seed, and the temperature, which it limits to 2.
 
     Args:
         sampling: how responses are drawn; stop strings are ours to find, ``fire`` is no single request's.
         stop_ids: every id that ends them.
+        never_drawn: ids that are not drawn.
     """
     return {
         "max_tokens": sampling.max_new_tokens,
@@ -34,6 +37,7 @@ def drawing(sampling: Sampling, stop_ids: frozenset[int]) -> dict[str, Any]:
         "logprobs": 0,  # of the token that is drawn, and of no other
         "flat_logprobs": True,
         "detokenize": False,
+        "logit_bias": dict.fromkeys(never_drawn, _NEVER) or None,
     }
 
 
@@ -41,11 +45,13 @@ def drawing(sampling: Sampling, stop_ids: frozenset[int]) -> dict[str, Any]:
 SCORING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
-def sampling_params(sampling: Sampling, seeds: Sequence[int], stop_ids: frozenset[int], stream: bool) -> list[Any]:
+def sampling_params(
+    sampling: Sampling, seeds: Sequence[int], stop_ids: frozenset[int], stream: bool, never_drawn: Sequence[int]
+) -> list[Any]:
     """vLLM's ``SamplingParams`` for one response from each seed.
 
     Args:
-        sampling, stop_ids: as for :func:`drawing`.
+        sampling, stop_ids, never_drawn: as for :func:`drawing`.
         seeds: of their own streams.
         stream: whether tokens are wanted as they come, rather than all at the end.
     """
@@ -53,7 +59,7 @@ def sampling_params(sampling: Sampling, seeds: Sequence[int], stop_ids: frozense
     from vllm.sampling_params import RequestOutputKind
 
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-    common = SamplingParams(**drawing(sampling, stop_ids), output_kind=kind, skip_clone=True)
+    common = SamplingParams(**drawing(sampling, stop_ids, never_drawn), output_kind=kind, skip_clone=True)
     common.temperature = sampling.temperature  # the constructor would refuse what is above 2, as FIRE's is
     params = [copy.copy(common) for _ in seeds]
     for one, seed in zip(params, seeds):
