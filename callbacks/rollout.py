@@ -40,7 +40,7 @@ class Rollout(RolloutCallback):
         config.dtype = trainer.compute_dtype
         config.eos_token_id = _stop_ids(config, pl_module.actor.transformer.generation_config)
         self._group = EngineGroup(self.engine.tensor_parallel_size)
-        self.engine.start(config, pl_module.tokenizer, trainer.fabric.device, self._group)
+        self.engine.start(config, pl_module.processor, trainer.fabric.device, self._group)
 
     def on_engine_ready(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to sample with weights that are not the trainer's current ones."""

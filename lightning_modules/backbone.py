@@ -166,9 +166,7 @@ class LanguageBackbone(LightningModule, ABC):
             return compute(hidden[predict], predict)
         return self.sequence_parallel.at_predictions(hidden, predict, len(input_ids), compute)
 
-    def _hidden(
-        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, media: dict[str, Tensor]
-    ) -> Tensor:
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, media: dict[str, Tensor]) -> Tensor:
         """Last hidden states ``[N, H]`` of packed tokens; of this rank's slice where sequences are sharded."""
         compute = self._packed_hidden if self.packing else self._padded_hidden
         return compute(input_ids, position_ids, cu_seqlens, media)

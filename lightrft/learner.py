@@ -135,7 +135,14 @@ class Learner:
         return [packed.scatter(values) for values in found]
 
     def _workload(self, batch: Batch) -> Workload:
-        return Workload(batch, self.module.cost_model, self.tokens_per_microbatch, self.layout, self.sharding)
+        return Workload(
+            batch,
+            self.module.cost_model,
+            self.tokens_per_microbatch,
+            self.layout,
+            self.sharding,
+            self.module.media,
+        )
 
     # --- an update ---------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightrft.algorithms import Algorithm, resolve_algorithm
+from lightrft.media import MediaProcessor
 from lightrft.ops import CostModel
 from lightrft.rewards import Scorer
+from lightrft.samples import Prompt, Reading
 
 
 class RFTModule(LightningModule):
@@ -125,6 +128,26 @@ class RFTModule(LightningModule):
     def tokenizer(self) -> Any:
         """The actor's tokenizer."""
         return self.actor.tokenizer
+
+    @property
+    def processor(self) -> Any:
+        """The actor's tokenizer, or where it reads media the processor around it."""
+        return self.actor.processor
+
+    @cached_property
+    def media(self) -> MediaProcessor | None:
+        """What reads images and audio for the actor and the critic; ``None`` where they read text alone."""
+        return MediaProcessor(self.processor) if hasattr(self.processor, "tokenizer") else None
+
+    def read(self, prompts: Iterable[Prompt]) -> list[Reading]:
+        """Prompts as the models take them.
+
+        Raises:
+            MediaError: media that cannot be used; names the prompt.
+        """
+        if self.media is None:
+            return [Reading(prompt.token_ids) for prompt in prompts]
+        return [self.media.read(prompt) for prompt in prompts]
 
     def check_labels(self, labels: Iterable[str | None], complete: bool = False) -> None:
         """Raise ``ValueError`` for a label without a reward recipe; if ``complete``, for a recipe of no label too."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -270,6 +271,10 @@ class Rollout:
         """Every response with its prompt, group by group."""
         return ((prompt, response) for prompt, group in zip(self.prompts, self.groups) for response in group)
 
+    def of_rows(self, of_prompts: Sequence[T]) -> list[T]:
+        """What each prompt has, once for each of its responses."""
+        return [own for own, group in zip(of_prompts, self.groups) for _ in group]
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "prompts": [prompt.state_dict() for prompt in self.prompts],
@@ -361,10 +366,8 @@ class Batch:
             rollout: scored.
             readings: of its prompts, where the model reads media.
         """
-        pairs = list(rollout)
-        read = list(readings) if readings is not None else [Reading(prompt.token_ids) for prompt in rollout.prompts]
-        of_row = [read[index] for index, group in enumerate(rollout.groups) for _ in group]
-        responses = [response for _, response in pairs]
+        of_row = rollout.of_rows(readings or [Reading(prompt.token_ids) for prompt in rollout.prompts])
+        responses = [response for _, response in rollout]
         lengths = torch.tensor([len(response.token_ids) for response in responses], dtype=torch.int64)
         columns = torch.arange(max(1, int(lengths.max()) if len(lengths) else 1))
         kept = torch.tensor([not response.dropped for response in responses], dtype=torch.bool)
@@ -381,14 +384,18 @@ class Batch:
             group_ids=torch.tensor([i for i, group in enumerate(rollout.groups) for _ in group], dtype=torch.int64),
             rewards=_rewards(responses),
             log_probs_rollout=log_probs,
-            readings=[own if own.items else None for own in of_row],
             truncated=torch.tensor([response.finish_reason == "length" for response in responses], dtype=torch.bool),
             comparable=comparable.clone(),
         )
+        batch.attach(of_row)
         if rollout.greedy:
             batch.greedy_rewards = _rewards(rollout.greedy)[batch.group_ids]
             batch.greedy_lengths = torch.tensor([len(one.token_ids) for one in rollout.greedy])[batch.group_ids]
         return batch
+
+    def attach(self, readings: Sequence[Reading]) -> None:
+        """What was read of the media of each row's prompt."""
+        self.readings = [own if own.items else None for own in readings]
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -432,12 +439,12 @@ class Batch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Without what was read of media, which may be large: it is read again."""
+        """Without what was read of media, which may be large: who loads it reads again (:meth:`attach`)."""
         return {"sequences": self.sequences, **self.columns}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], readings: list[Reading | None] | None = None) -> Batch:
-        return cls(**state, readings=readings)
+    def from_state_dict(cls, state: dict[str, Any]) -> Batch:
+        return cls(**state)
 
 
 def _rewards(responses: Sequence[Response]) -> Tensor:

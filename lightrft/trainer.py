@@ -322,7 +322,7 @@ class RFTTrainer:
         with roles.building():
             roles.default.together(self.model.configure_model)
         longest = self.model.context_tokens - self.rollout.sampling.max_new_tokens
-        self.datamodule.attach(self.model.tokenizer, self.seed, fabric.global_rank, fabric.world_size, longest)
+        self.datamodule.attach(self.model.processor, self.seed, fabric.global_rank, fabric.world_size, longest)
         self.datamodule.setup(stage)
         self.model.check_labels(self.datamodule.labels(), complete=stage == "fit")
         if stage == "fit":
@@ -437,7 +437,9 @@ class RFTTrainer:
         self.call("on_score_end", rollout=self.samples)
 
     def _prepare(self) -> None:
-        self.batch = Batch.from_rollout(cast(Rollout, self.samples))
+        samples = cast(Rollout, self.samples)
+        mark("reading the prompts")
+        self.batch = Batch.from_rollout(samples, self.model.read(samples.prompts))
         sampling = self.rollout.sampling
         self.callback_metrics |= self.learner.prepare(
             self.batch, sampling.temperature, sampling.max_new_tokens, self._rows_per_update
@@ -564,6 +566,8 @@ class RFTTrainer:
         self.callback_metrics, self._updates_of = dict(state["metrics"]), dict(state["updates_of"])
         self.samples = Rollout.from_state_dict(state["samples"]) if state["samples"] else None
         self.batch = Batch.from_state_dict(state["batch"]) if state["batch"] else None
+        if self.batch is not None and self.samples is not None:
+            self.batch.attach(self.samples.of_rows(self.model.read(self.samples.prompts)))
         self.prompts.load_state_dict(state["prompts"])
         for name, scheduler in state["schedulers"].items():
             self.learner.trained[name].scheduler.load_state_dict(scheduler)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightrft.media import MediaProcessor
 from lightrft.ops import busiest_over_mean, loads, micro_steps
-from lightrft.samples import Batch
+from lightrft.samples import Batch, Reading
 from lightrft.strategies import Layout, Sharding
 
 
@@ -26,12 +27,14 @@ class _Row:
         row: in the owner's batch.
         tokens: of prompt and response.
         response: tokens of the response.
+        reading: which of the owner's readings it has; -1 where its prompt has no media.
     """
 
     owner: int
     row: int
     tokens: int
     response: int
+    reading: int
 
 
 class Workload:
@@ -43,11 +46,14 @@ class Workload:
         tokens_per_microbatch: most tokens of a micro-batch on one rank; a longer row is alone.
         layout: groups of ranks; a group's micro-batch holds as many times the tokens, on each of its ranks.
         sharding: reaches the other ranks.
+        media: reads them for the model; ``None`` where it reads text alone.
 
     Attributes:
         micro_batches: this group's, on the host, as many as every other's, so that collectives inside a forward keep
-            step; where a group has too few rows, some are one token that is not trained on. ``group_ids`` are the
-            owners'.
+            step; where a group has too few rows, some are one token that is not trained on. Where other groups' have
+            images or audio and this one has none, a small one that is not trained on stands in, and so it does in the
+            last one where nobody has any: towers are called, and get gradients, on all ranks or on none.
+            ``group_ids`` are the owners'.
         busiest_over_mean: predicted time over that of work without waiting
             (:func:`lightrft.ops.busiest_over_mean`); the same on every rank.
     """
@@ -59,10 +65,12 @@ class Workload:
         tokens_per_microbatch: int,
         layout: Layout,
         sharding: Sharding,
+        media: MediaProcessor | None = None,
     ) -> None:
-        self._batch, self._layout, self._sharding = batch, layout, sharding
+        self._batch, self._layout, self._sharding, self._media = batch, layout, sharding, media
         self._ranks = range(layout.world_size)
-        self._rows = _all_rows(batch, sharding)
+        self._readings = list({id(one): one for one in batch.readings if one is not None}.values())
+        self._rows, self._shapes = _all_rows(batch, self._readings, sharding)
         costs, sizes = [cost(row.tokens) for row in self._rows], [row.tokens for row in self._rows]
         plan = micro_steps(costs, sizes, layout.groups, tokens_per_microbatch * layout.sequence_parallel_size)
         self.busiest_over_mean = busiest_over_mean(loads(costs, plan))
@@ -70,24 +78,57 @@ class Workload:
         self._groups = [group_of[number] for number in range(len(self._rows))]
         self._parts = [[self._rows[number] for number in step[layout.group]] for step in plan]
         held, place = self._fetch(), {row: index for index, row in enumerate(self._of_group(layout.group))}
-        self.micro_batches = [
-            held.select([place[row] for row in part]) if part else _nothing(batch) for part in self._parts
-        ]
+        parts = [held.select([place[row] for row in part]) for part in self._parts]
+        self.micro_batches = [self._in_step(part, kinds) for part, kinds in zip(parts, self._kinds(plan))]
 
     def _of_group(self, group: int) -> list[_Row]:
         """Rows that a group computes, in the order of their owners and there of the rows."""
         return [row for row, computed_by in zip(self._rows, self._groups) if computed_by == group]
 
+    def _kinds(self, plan: list[list[list[int]]]) -> list[frozenset[str]]:
+        """Of the media that any group has in each micro-step; in the last one all that the model reads."""
+        rows = [[self._rows[number] for part in step for number in part] for step in plan]
+        found = [frozenset(kind for row in step for kind in self._kinds_of(row)) for step in rows]
+        return [*found[:-1], self._media.kinds] if self._media is not None else found
+
+    def _in_step(self, part: Batch, kinds: frozenset[str]) -> Batch:
+        """A micro-batch with something of every kind, and with something at all."""
+        missing = kinds.difference(*(one.kinds for one in part.readings if one is not None))
+        return _joined(part, self._untrained(missing)) if missing or not len(part) else part
+
+    def _untrained(self, kinds: frozenset[str]) -> Reading:
+        """The least that a model takes."""
+        token = torch.zeros(1, dtype=torch.int64)
+        return self._media.read(self._media.example(token, kinds)) if self._media is not None else Reading(token)
+
+    def _kinds_of(self, row: _Row) -> frozenset[str]:
+        return self._shapes[row.owner][row.reading].kinds if row.reading >= 0 else frozenset()
+
     def _fetch(self) -> Batch:
         """The rows of this rank's group."""
-        layout, sent = self._layout, []
-        for group in range(layout.groups):
-            mine = [row.row for row in self._of_group(group) if row.owner == layout.rank]
-            sent += [_flat(self._batch.select(mine))] * layout.sequence_parallel_size
-        wanted = self._of_group(layout.group)
-        expected = [_counts([row for row in wanted if row.owner == rank], self._batch) for rank in self._ranks]
-        received = _exchange(self._sharding, sent, expected)
-        return _batch([torch.cat(parts) for parts in zip(*received)], wanted, self._batch)
+        layout, wanted = self._layout, self._of_group(self._layout.group)
+        sent = [tensors for group in range(layout.groups) for tensors in self._sent_to(group)]
+        of_rank = [[row for row in wanted if row.owner == rank] for rank in self._ranks]
+        columns = [_counts(rows, self._batch) for rows in of_rank]
+        media = [[(leaf.numel(), leaf.dtype) for leaf in _leaves(self._shapes_of(rows))] for rows in of_rank]
+        received = _exchange(self._sharding, sent, [own + further for own, further in zip(columns, media)])
+        cut = len(columns[0])
+        held = _batch([torch.cat(parts) for parts in zip(*(own[:cut] for own in received))], wanted, self._batch)
+        held.readings = []
+        for rows, own in zip(of_rank, received):
+            reading_of = dict(zip(_numbers(rows), _filled(self._shapes_of(rows), own[cut:])))
+            held.readings += [reading_of.get(row.reading) for row in rows]
+        return held
+
+    def _sent_to(self, group: int) -> list[list[Tensor]]:
+        """What each rank of a group gets of this one: its rows, then what their media are read as."""
+        mine = [row for row in self._of_group(group) if row.owner == self._layout.rank]
+        media = [leaf.flatten() for leaf in _leaves([self._readings[number] for number in _numbers(mine)])]
+        return [_flat(self._batch.select([row.row for row in mine])) + media] * self._layout.sequence_parallel_size
+
+    def _shapes_of(self, rows: list[_Row]) -> list[Reading]:
+        """Readings of one owner's rows, each once, without what is in their tensors."""
+        return [self._shapes[rows[0].owner][number] for number in _numbers(rows)]
 
     def collect(self, found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """What a model said of the rows that this rank owns, wherever it was computed. Collective.
@@ -124,21 +165,49 @@ class Workload:
         return results
 
 
-def _all_rows(batch: Batch, sharding: Sharding) -> list[_Row]:
-    """Of every rank, those that have something to train on."""
+def _all_rows(batch: Batch, readings: list[Reading], sharding: Sharding) -> tuple[list[_Row], list[list[Reading]]]:
+    """Of every rank, the rows that have something to train on, and its readings without what is in their tensors."""
     trained = batch.response_mask.any(-1).nonzero().flatten().tolist()
     lengths = list(zip(batch.sequence_lengths, batch.response_lengths.tolist()))
-    everyone = sharding.everyone([(row, *lengths[row]) for row in trained])
-    return [_Row(owner, *row) for owner, rows in enumerate(everyone) for row in rows]
+    number_of = {id(one): number for number, one in enumerate(readings)}
+    rows = [(row, *lengths[row], number_of.get(id(batch.readings[row]), -1)) for row in trained]
+    shapes = [one.map(lambda tensor: tensor.to("meta")) for one in readings]
+    told, of_readings = zip(*sharding.everyone((rows, shapes)))
+    return [_Row(owner, *row) for owner, own in enumerate(told) for row in own], list(of_readings)
 
 
-def _nothing(batch: Batch) -> Batch:
-    """The least that a model takes, without a trained token."""
-    part = batch.select([0])
-    part.sequences = [part.sequences[0][:1]]
-    part.prompt_lengths = torch.ones_like(part.prompt_lengths)
-    part.response_mask = torch.zeros_like(part.response_mask)
-    return part
+def _joined(part: Batch, untrained: Reading) -> Batch:
+    """A micro-batch and a row that is not trained on."""
+    columns = {
+        name: torch.cat([column, column.new_zeros(1, *column.shape[1:])]) for name, column in part.columns.items()
+    }
+    whole = Batch([*part.sequences, untrained.token_ids], readings=[*part.readings, untrained], **columns)
+    whole.prompt_lengths[-1] = len(untrained.token_ids)
+    return whole
+
+
+def _numbers(rows: list[_Row]) -> list[int]:
+    """Readings of an owner's rows, each once."""
+    return sorted({row.reading for row in rows if row.reading >= 0})
+
+
+def _leaves(readings: list[Reading]) -> list[Tensor]:
+    """All their tensors."""
+    leaves: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        leaves.append(tensor)
+        return tensor
+
+    for reading in readings:
+        reading.map(keep)
+    return leaves
+
+
+def _filled(shapes: list[Reading], flat: list[Tensor]) -> list[Reading]:
+    """The readings whose tensors, made flat, came."""
+    leaves = iter(flat)
+    return [shape.map(lambda leaf: next(leaves).view(leaf.shape)) for shape in shapes]
 
 
 # --- rows as flat tensors, and back ----------------------------------------------------------------------------------

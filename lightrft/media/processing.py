@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightrft.media.references import MediaError, audio, described, image
-from lightrft.samples import MediaItem, Prompt, Reading
+from lightrft.media.smallest import beep, square
+from lightrft.samples import Media, MediaItem, Prompt, Reading
 
 Made = TypeVar("Made")
 
 # Kind of media -> what transformers and vLLM call one of it.
 _PARTS = {"images": "image", "audios": "audio", "videos": "video"}
+_SMALLEST: dict[str, Callable[[], bytes]] = {"images": square, "audios": beep}
 _PER_TOKEN = "token_type_ids"  # ends the names of what a processor says of every token
 
 
@@ -49,6 +51,18 @@ class MediaProcessor:
             index = None if token is None else tokenizer.convert_tokens_to_ids(token)
             if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
                 self._tokens[kind], self._ids[kind] = token, index
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Of media that are read, as :class:`~lightrft.samples.Media` names them."""
+        return frozenset(self._ids) - {"videos"}
+
+    def example(self, token_ids: Tensor, kinds: Iterable[str]) -> Prompt:
+        """A prompt of these tokens and one small item of each of the kinds."""
+        kinds = sorted(kinds)
+        placeholders = torch.tensor([self._ids[kind] for kind in kinds], dtype=torch.int64)
+        media = Media(**{kind: (_SMALLEST[kind](),) for kind in kinds})
+        return Prompt("example", torch.cat([token_ids, placeholders]), text="", media=media)
 
     def check(self, prompt: Prompt) -> None:
         """That every item has its placeholder, and that the model takes such items.
@@ -130,6 +144,9 @@ class MediaProcessor:
         given = {"images": [decoded]} if kind == "images" else {"audio": [decoded[0]], "sampling_rate": decoded[1]}
         made = dict(self._processor(text=[self._tokens[kind]], add_special_tokens=False, return_tensors="pt", **given))
         token_ids = made.pop("input_ids")[0]
+        if kind == "audios" and len(token_ids) < 2:
+            # Of single tokens Qwen2-Audio thinks that they were not expanded, and puts in more.
+            raise MediaError(f"{len(decoded[0])} samples are too short to be heard")
         made.pop("attention_mask", None)
         return MediaItem(
             kind=kind,

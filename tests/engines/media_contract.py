@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightrft.engines import Engine
-from lightrft.media import MediaError, MediaProcessor, features
+from lightrft.media import MediaError, MediaProcessor, placeholder_ids
+from lightrft.ops import joined_features
 from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Media, Prompt, Response, Sampling
 
@@ -21,13 +22,17 @@ from .media_worlds import CONTEXT, MediaWorld, media_world
 
 
 def reference_logits(world: MediaWorld, model: Any, prompt: Prompt, tokens: Tensor) -> Tensor:
-    """Of a forward over prompt, media and ``tokens`` ``[T]``: what each of these was drawn from, ``[T, V]``."""
+    """Of a forward over prompt, media and ``tokens`` ``[T]``: what each of these was drawn from, ``[T, V]``.
+
+    Not by placeholders, which are never drawn.
+    """
     reading = MediaProcessor(world.processor).read(prompt)
     ids = torch.cat([reading.token_ids, tokens])[None]
     types = {name: torch.cat([own, torch.zeros_like(tokens)])[None] for name, own in reading.token_types.items()}
     with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **features(reading.items))
-    return out.logits[0, len(reading.token_ids) - 1 : -1]
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **joined_features(reading.items))
+    never = torch.tensor(placeholder_ids(world.config))
+    return out.logits[0, len(reading.token_ids) - 1 : -1].index_fill(-1, never, -torch.inf)
 
 
 def reference_log_probs(
@@ -103,6 +108,20 @@ class MediaContract:
         ]
         reversed_ = engine.generate(prompts[::-1], sampling, [own[::-1] for own in seeds[::-1]])
         assert ids_of(together) == ids_of(alone) == [group[::-1] for group in ids_of(reversed_)[::-1]]
+
+    def test_placeholders_are_never_drawn_however_likely(self, engine, world):
+        asked, ids = world.prompt("seen", [0]), torch.tensor(placeholder_ids(world.config))
+        changed = copy.deepcopy(world.model)
+        with torch.no_grad():
+            best = reference_logits(world, changed, asked, torch.tensor([0]))[0].argmax()
+            changed.lm_head.weight[ids] = 2 * changed.lm_head.weight[best]
+        engine.update_weights([(n, p.detach().clone()) for n, p in changed.named_parameters()], 1)
+        sampling = Sampling(max_new_tokens=4, temperature=1.3)
+        (group,) = engine.generate([asked], sampling, [list(range(16))])
+        for response in group:
+            assert not bool(torch.isin(response.token_ids, ids).any())
+            expected = reference_log_probs(world, asked, response, sampling, changed)
+            assert torch.allclose(response.log_probs, expected, atol=self.tolerance)
 
     def test_no_seeds_give_an_empty_list(self, engine, world):
         groups = engine.generate(

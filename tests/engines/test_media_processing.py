@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from lightrft.engines.checkpoint_names import checkpoint_names
-from lightrft.media import MediaError, MediaItem, MediaProcessor, features
-from lightrft.samples import Media, Prompt
+from lightrft.media import MediaError, MediaProcessor
+from lightrft.ops import joined_features
+from lightrft.samples import Media, MediaItem, Prompt
 
 from .media_worlds import FIRST, media_world
 
@@ -36,7 +37,7 @@ def test_items_joined_are_what_the_processor_makes_of_the_whole_prompt(family):
     assert len(reading.items) == 3
     assert reading.token_ids.tolist() == whole.pop("input_ids")[0].tolist()
     del whole["attention_mask"]
-    found = features(reading.items) | {name: types[None] for name, types in reading.token_types.items()}
+    found = joined_features(reading.items) | {name: types[None] for name, types in reading.token_types.items()}
     assert found.keys() == whole.keys()
     for name, tensor in whole.items():
         assert torch.equal(found[name], tensor)
@@ -69,9 +70,9 @@ def test_what_the_processor_refuses_is_refused_by_prompt_and_index():
 
 
 def test_features_of_unlike_shapes_are_not_joined():
-    items = [MediaItem(torch.zeros(1), {}, {"pixel_values": torch.zeros(1, size)}) for size in (2, 3)]
-    with pytest.raises(MediaError, match=r"pixel_values.*\(2,\), \(3,\)"):
-        features(items)
+    items = [MediaItem("images", torch.zeros(1), {}, {"pixel_values": torch.zeros(1, size)}) for size in (2, 3)]
+    with pytest.raises(ValueError, match=r"pixel_values.*\(2,\), \(3,\)"):
+        joined_features(items)
 
 
 PUBLISHED = {

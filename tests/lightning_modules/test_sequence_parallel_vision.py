@@ -88,7 +88,9 @@ def as_on_one_rank(family: str) -> None:
         actor = build(family, checkpointing=checkpointing).train()
         packed = row_of_images(actor.transformer)
         (log_probs, _) = check_slices(actor, packed, (2, 4), 1e-8, 1e-6, sampled=False)
-        torch.testing.assert_close(log_probs, plain(actor.transformer, packed.media["pixel_values"]), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            log_probs, plain(actor.transformer, packed.media["pixel_values"]), rtol=1e-6, atol=1e-6
+        )
     every = gradient(actor, loss_of(outputs(actor, packed, sampled=False)))
     tower = sum(parameter.numel() for parameter in actor.transformer.base_model.visual.parameters())
     assert tower and every[:tower].norm() > 1e-3 * every.norm()  # images matter
