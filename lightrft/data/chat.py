@@ -15,22 +15,26 @@ class Chat:
 
     Args:
         tokenizer: ``PreTrainedTokenizerBase``.
+        renderer: what has the chat template: the tokenizer, or the processor around it.
         templated: whether its chat template is applied; otherwise inputs are raw text.
         system_prompt: put before the messages; a system message of the record follows it, a blank line between.
     """
 
     tokenizer: Any
+    renderer: Any
     templated: bool
     system_prompt: str | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, chat_template: bool | None, system_prompt: str | None = None) -> Chat:
-        """The spelling for a tokenizer; ``chat_template=None`` applies a template when the tokenizer has one.
+    def of(cls, processor: Any, chat_template: bool | None, system_prompt: str | None = None) -> Chat:
+        """The spelling for a tokenizer, or a processor; ``chat_template=None`` applies a template when it has one.
 
         Raises:
             ValueError: a template is required but there is none, or a system prompt has no template to stand in.
         """
-        has_template = bool(getattr(tokenizer, "chat_template", None))
+        tokenizer = getattr(processor, "tokenizer", processor)
+        renderer = processor if getattr(processor, "chat_template", None) else tokenizer
+        has_template = bool(getattr(renderer, "chat_template", None))
         if chat_template and not has_template:
             raise ValueError(
                 "chat_template is true but the tokenizer has none; give it one, or set chat_template: false."
@@ -38,7 +42,7 @@ class Chat:
         templated = has_template if chat_template is None else chat_template
         if system_prompt is not None and not templated:
             raise ValueError("system_prompt needs a chat template; write it into the records, or use a chat tokenizer.")
-        return cls(tokenizer, templated, system_prompt)
+        return cls(tokenizer, renderer, templated, system_prompt)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -61,7 +65,7 @@ class Chat:
     def render(self, messages: list[Message], respond: bool = False) -> str:
         """Messages under the template; ``respond`` adds the opening of the assistant's turn."""
         try:
-            return self.tokenizer.apply_chat_template(
+            return self.renderer.apply_chat_template(
                 self._with_system_prompt(messages), tokenize=False, add_generation_prompt=respond
             )
         except ImportError:

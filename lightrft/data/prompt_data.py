@@ -11,6 +11,7 @@ from lightrft.data.prompt_set import PromptSet
 from lightrft.data.records import OnBadRecord, warn_of_skipped
 from lightrft.data.sources import PromptSource, Source, sources_of
 from lightrft.data.stream import PromptStream
+from lightrft.media import MediaProcessor
 from lightrft.samples import Prompt
 
 
@@ -25,7 +26,7 @@ class PromptData(LightningDataModule):
         val: sources of the prompts evaluated on, each record once.
         system_prompt: put before the messages of every record; a record's own system message follows it.
         chat_template: apply the tokenizer's chat template; ``null`` does when it has one, ``false`` is raw text.
-        max_prompt_tokens: longer prompts are bad records; media count as their placeholders.
+        max_prompt_tokens: longer prompts are bad records; images and audio count as what the model makes of them.
         on_bad_record: ``raise`` before training, or ``skip`` those records and warn with their number and the first
             three reasons.
         shuffle: draw the training prompts in random order, another one for each epoch and seed of the run.
@@ -59,6 +60,7 @@ class PromptData(LightningDataModule):
         self.bad_records: list[str] = []
         self._probabilities = _probabilities(self.train)
         self._chat: Chat | None = None
+        self._media: MediaProcessor | None = None
         self._seed, self._rank, self._world_size = 0, 0, 1
         self._context_tokens: int | None = None
         self._sets: dict[str, list[PromptSet]] = {}
@@ -68,12 +70,13 @@ class PromptData(LightningDataModule):
             raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}; it must be at least 1.")
 
     def attach(
-        self, tokenizer: Any, seed: int = 0, rank: int = 0, world_size: int = 1, context_tokens: int | None = None
+        self, processor: Any, seed: int = 0, rank: int = 0, world_size: int = 1, context_tokens: int | None = None
     ) -> None:
         """Tell of the run these prompts are for, before :meth:`setup`.
 
         Args:
-            tokenizer: ``PreTrainedTokenizerBase`` of the actor.
+            processor: ``PreTrainedTokenizerBase`` of the actor, or the ``ProcessorMixin`` around it, with which the media
+                of every record are read once.
             seed: the run's seed, of the order in which prompts are drawn.
             rank: which share of the prompts is this process's.
             world_size: number of shares.
@@ -83,7 +86,8 @@ class PromptData(LightningDataModule):
         Raises:
             ValueError: the tokenizer has no chat template but one is needed, or there is no room for a prompt.
         """
-        self._chat = Chat.of(tokenizer, self.chat_template, self.system_prompt)
+        self._chat = Chat.of(processor, self.chat_template, self.system_prompt)
+        self._media = MediaProcessor(processor) if processor is not self._chat.tokenizer else None
         self._seed, self._rank, self._world_size = seed, rank, world_size
         if context_tokens is not None and context_tokens < 1:
             raise ValueError("sampling.max_new_tokens takes the model's whole context; lower it to leave room to ask.")
@@ -99,7 +103,7 @@ class PromptData(LightningDataModule):
             ValueError: records cannot be used; names the first three.
         """
         if self._chat is None:
-            raise RuntimeError("PromptData.attach(tokenizer, ...) must come before setup(); RFTTrainer calls it.")
+            raise RuntimeError("PromptData.attach(processor, ...) must come before setup(); RFTTrainer calls it.")
         for part, sources in (("train", self.train), ("val", self.val)):
             if part not in self._sets and not (part == "train" and stage == "validate"):
                 self._sets[part] = [self._load(source, self._chat) for source in sources]
@@ -128,7 +132,7 @@ class PromptData(LightningDataModule):
         return [one.prompt(index, "val") for one, index in everything[self._rank :: self._world_size]]
 
     def _load(self, source: PromptSource, chat: Chat) -> PromptSet:
-        loaded = PromptSet(source, chat, self.max_prompt_tokens, self.on_bad_record, self._context_tokens)
+        loaded = PromptSet(source, chat, self._media, self.max_prompt_tokens, self.on_bad_record, self._context_tokens)
         self.bad_records += loaded.bad_records
         if self._rank == 0:
             warn_of_skipped(source.name, loaded.bad_records)

@@ -10,6 +10,7 @@ from lightrft.data.chat import Chat
 from lightrft.data.placeholders import as_parts
 from lightrft.data.records import BadRecord, OnBadRecord, Record, read_record, screen
 from lightrft.data.sources import PromptSource
+from lightrft.media import MediaError, MediaProcessor
 from lightrft.samples import Prompt
 
 
@@ -19,7 +20,8 @@ class PromptSet:
     Args:
         source: where they come from.
         chat: how they are spelled.
-        max_prompt_tokens: longer prompts are bad records; media count as their placeholders.
+        media: reads images and audio for the model; ``None`` where it reads text alone.
+        max_prompt_tokens: longer prompts are bad records; images and audio count as what the model makes of them.
         on_bad_record: ``raise``, or ``skip`` those that cannot be used.
         context_tokens: what the model's context leaves for a prompt; longer ones are bad records.
 
@@ -37,12 +39,13 @@ class PromptSet:
         self,
         source: PromptSource,
         chat: Chat,
+        media: MediaProcessor | None = None,
         max_prompt_tokens: int | None = None,
         on_bad_record: OnBadRecord = "raise",
         context_tokens: int | None = None,
     ) -> None:
         self.name = source.name
-        self._source, self._chat, self._folder = source, chat, source.folder
+        self._source, self._chat, self._media, self._folder = source, chat, media, source.folder
         self._max_prompt_tokens, self._context_tokens = max_prompt_tokens, context_tokens
         self._raw = source.load()
         labels, self.bad_records = screen(self.name, len(self._raw), self._check, on_bad_record)
@@ -55,7 +58,9 @@ class PromptSet:
     def prompt(self, index: int, draw: str) -> Prompt:
         """The ``index``-th usable record; ``draw`` tells this use of it from others."""
         row = int(self._rows[index])
-        record, text = self._read(row)
+        return self._prompt(row, *self._read(row), draw)
+
+    def _prompt(self, row: int, record: Record, text: str, draw: str) -> Prompt:
         return Prompt(
             uid=f"{self.name}/{row}@{draw}",
             token_ids=torch.tensor(self._chat.prompt_ids(text), dtype=torch.int64),
@@ -73,13 +78,14 @@ class PromptSet:
         except ValueError as error:
             raise BadRecord(str(error)) from error
         record = read_record(raw, self._source, self._folder)
-        return record, self._chat.prompt(as_parts(record.input, record.media) if self._chat.templated else record.input)
+        if self._chat.templated:
+            return record, self._chat.prompt(as_parts(record.input, record.media))
+        text = self._chat.prompt(record.input)
+        return record, self._media.spelled(text, record.media) if self._media is not None else text
 
     def _check(self, row: int) -> str | None:
         record, text = self._read(row)
-        tokens = len(self._chat.prompt_ids(text))
-        if tokens == 0:
-            raise BadRecord("the prompt has no tokens")
+        tokens = self._tokens(self._prompt(row, record, text, "check"))
         if self._max_prompt_tokens is not None and tokens > self._max_prompt_tokens:
             raise BadRecord(f"the prompt has {tokens} tokens, more than max_prompt_tokens {self._max_prompt_tokens}")
         if self._context_tokens is not None and tokens > self._context_tokens:
@@ -88,3 +94,14 @@ class PromptSet:
                 "max_new_tokens"
             )
         return record.label
+
+    def _tokens(self, prompt: Prompt) -> int:
+        """What the model sees of it."""
+        if self._media is None:
+            if prompt.media:
+                raise BadRecord("it has images, audio or video, but the model reads text alone")
+            return len(prompt.token_ids)
+        try:
+            return len(self._media.read(prompt).token_ids)
+        except MediaError as error:
+            raise BadRecord(str(error)) from error

@@ -64,6 +64,13 @@ class MediaProcessor:
         media = Media(**{kind: (_SMALLEST[kind](),) for kind in kinds})
         return Prompt("example", torch.cat([token_ids, placeholders]), text="", media=media)
 
+    def spelled(self, text: str, media: Media) -> str:
+        """Raw text with the model's own placeholders in place of ``<image>`` and ``<audio>``, of kinds it has."""
+        for kind, part in _PARTS.items():
+            if getattr(media, kind) and kind in self._tokens:
+                text = text.replace(f"<{part}>", self._tokens[kind])
+        return text
+
     def check(self, prompt: Prompt) -> None:
         """That every item has its placeholder, and that the model takes such items.
 
