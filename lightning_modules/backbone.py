@@ -20,6 +20,7 @@ from lightrft.lightning_modules.pretrained import LoRA
 from lightrft.lightning_modules.sequence_parallel import SequenceParallel
 from lightrft.media import placeholder_ids
 from lightrft.ops import Packed, check_heads, pack, pad
+from lightrft.samples import Reading
 from lightrft.strategies import data_parallel, shard_blocks
 
 
@@ -199,7 +200,7 @@ class LanguageBackbone(LightningModule, ABC):
 
     @torch.no_grad()
     def _check_against_plain_forward(self) -> None:
-        """Compare two short sequences with the model's own forward, one by one: heads and layers differ by family."""
+        """Compare short sequences with the model's own forward, one by one: heads and layers differ by family."""
         training, model = self.training, self.transformer
         device = next(model.parameters()).device
         if device.type == "meta":
@@ -209,16 +210,14 @@ class LanguageBackbone(LightningModule, ABC):
         known = torch.arange(model.get_input_embeddings().num_embeddings, device=device)
         text = known[~torch.isin(known, torch.tensor(placeholder_ids(model.config), device=device))][:11]
         ids = text[torch.arange(11, device=device) % len(text)]
-        sequences, lengths = [ids[:5], ids[4:]], torch.ones(2, dtype=torch.int64, device=device)
-        mask = torch.arange(6, device=device) < torch.tensor([[4], [6]], device=device)
-        packed = pack(sequences, lengths, mask)
+        readings = [Reading(ids[:5]), *self._examples(ids[2:7], ids[3:9]), Reading(ids[4:])]
         with _exact_float32():
             try:
-                ours = self._ours(packed)
+                ours = self._ours(_whole(readings))
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{type(model).__name__} does not run in our forward ({error}); {advice}.") from error
             with packed_attention.plain(model):
-                theirs, spread = self._theirs(sequences)
+                theirs, spread = self._theirs([_whole([reading]) for reading in readings])
         self.train(training)
         gap = float((ours - theirs).norm(dim=-1).max())
         # In proportion, as all outputs of fresh weights are nearly equal, whatever the layers do.
@@ -229,11 +228,14 @@ class LanguageBackbone(LightningModule, ABC):
         """What the check compares, ``[K, D]``, by our forward of all sequences together."""
         return self._hidden(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.media)
 
-    def _theirs(self, sequences: list[Tensor]) -> tuple[Tensor, float]:
+    def _theirs(self, alone: list[Packed]) -> tuple[Tensor, float]:
         """The same by the model's own forward of each, and how far apart its outputs lie."""
-        model = self.transformer.base_model
-        hidden = torch.cat([model(input_ids=s[None], use_cache=False).last_hidden_state[0] for s in sequences])
+        hidden = torch.cat([plainly(self.transformer.base_model, one).last_hidden_state[0] for one in alone])
         return hidden, float(hidden.std(0).norm())
+
+    def _examples(self, before: Tensor, after: Tensor) -> list[Reading]:
+        """Further sequences for the check: media between these tokens, where the module knows how they are read."""
+        return []
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
@@ -243,6 +245,21 @@ class LanguageBackbone(LightningModule, ABC):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
+
+
+def _whole(readings: list[Reading]) -> Packed:
+    """Sequences in one row, tokens 1.. of each to be predicted."""
+    sequences = [reading.token_ids for reading in readings]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = torch.arange(int(lengths.max()) - 1) < lengths[:, None] - 1
+    device = sequences[0].device
+    return pack(sequences, torch.ones_like(lengths, device=device), mask.to(device), readings).to(device)
+
+
+def plainly(model: PreTrainedModel, alone: Packed) -> Any:
+    """What the model itself makes of one sequence, positions too."""
+    media = media_inputs.of_model(model, alone.media, lambda of_tokens: of_tokens[None])
+    return model(input_ids=alone.input_ids[None], use_cache=False, **media)
 
 
 @contextmanager
