@@ -122,6 +122,12 @@ class LanguageBackbone(LightningModule, ABC):
             raise RuntimeError(f"The {self.role} has no weights yet; configure_model() loads them.")
         return self.language_model.get_base_model() if self.lora is not None else self.language_model  # type: ignore
 
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        """Whether some may never get a gradient: layers of a tower behind the one that is read (LLaVA)."""
+        config = self.transformer.config
+        return config.get_text_config() is not config
+
     def shard_sequences(self, group: dist.ProcessGroup | None) -> None:
         """Share every packed row out over the ranks of ``group``, from the decoder's input to the head.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -203,7 +203,11 @@ def shard_blocks(
 
 
 def _units(module: nn.Module) -> list[nn.Module]:
-    """Blocks as ``transformers`` names them, and embeddings that are nobody else's."""
+    """The outermost blocks as ``transformers`` names them, and input embeddings that are nobody else's.
+
+    Weights are gathered when their unit is called. Tables of positions, which some models read without calling them
+    (Qwen2-Audio), are small and stay in the root.
+    """
     names: set[str] = set()
     for part in module.modules():
         names.update(getattr(part, "_no_split_modules", None) or ())
@@ -211,14 +215,20 @@ def _units(module: nn.Module) -> list[nn.Module]:
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
             users[parameter] = users.get(parameter, 0) + 1
-    units = [part for part in module.modules() if type(part).__name__ in names]
-    inside = {part for unit in units for part in unit.modules()}
-    alone = [
-        part
-        for part in module.modules()
-        if isinstance(part, nn.Embedding) and part not in inside and users[part.weight] == 1
-    ]
-    return units + alone
+    named = [part for part in module.modules() if type(part).__name__ in names]
+    inside = {part for unit in named for part in unit.modules() if part is not unit}
+    blocks = [unit for unit in named if unit not in inside]
+    alone = [part for part in _input_embeddings(module) if part not in inside and users[part.weight] == 1]
+    return blocks + alone
+
+
+def _input_embeddings(module: nn.Module) -> list[nn.Embedding]:
+    found: dict[Any, None] = {}  # in the same order on every rank
+    for part in module.modules():
+        if hasattr(part, "get_input_embeddings"):
+            with suppress(NotImplementedError):  # a tower has none
+                found[part.get_input_embeddings()] = None
+    return [part for part in found if isinstance(part, nn.Embedding)]
 
 
 class _Filler:
