@@ -40,6 +40,8 @@ class ActorModule(LanguageBackbone):
         packing: feed packed rows (no padding computed). ``false`` pads: for architectures whose layers see across
             a packed row (state space, attention sinks, soft caps).
         gradient_checkpointing: keep no activations inside a block, compute them again in the backward.
+        freeze: weights that stay as they are, by patterns of their names (``model.visual.*``); with ``lora``, layers
+            without adapters.
         lora: train low-rank adapters instead of the weights.
         optimizer: builds the optimizer from the parameters.
         lr_scheduler: builds a schedule from the optimizer, stepped after each optimizer step; ``None`` is constant.
@@ -68,11 +70,12 @@ class ActorModule(LanguageBackbone):
         tokenizer: str | None = None,
         packing: bool = True,
         gradient_checkpointing: bool = False,
+        freeze: list[str] | None = None,
         lora: LoRA | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(model, config, packing, gradient_checkpointing, lora, optimizer, lr_scheduler)
+        super().__init__(model, config, packing, gradient_checkpointing, freeze, lora, optimizer, lr_scheduler)
         if model is None and tokenizer is None:
             raise ValueError("An actor with fresh weights needs a tokenizer (name or folder).")
         self.tokenizer_name = tokenizer or str(model)

@@ -35,6 +35,7 @@ class LanguageBackbone(LightningModule, ABC):
         config: a model configuration for fresh weights.
         packing: feed packed rows, or pad.
         gradient_checkpointing: keep no activations inside a block.
+        freeze: patterns of weights that stay as they are.
         lora: train low-rank adapters instead of the weights.
         optimizer: builds the optimizer from the parameters.
         lr_scheduler: builds a schedule from the optimizer; ``None`` is constant.
@@ -58,6 +59,7 @@ class LanguageBackbone(LightningModule, ABC):
         config: dict[str, Any] | None,
         packing: bool,
         gradient_checkpointing: bool,
+        freeze: list[str] | None,
         lora: LoRA | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
@@ -71,6 +73,7 @@ class LanguageBackbone(LightningModule, ABC):
         self.model_config: Any = config
         self.packing = packing
         self.gradient_checkpointing = gradient_checkpointing
+        self.freeze_patterns = freeze or []
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -101,6 +104,7 @@ class LanguageBackbone(LightningModule, ABC):
     def _load(self) -> None:
         loaded = pretrained.load_model(self.name_or_path, self.model_config)
         packed_attention.select(loaded, self.packing, self.role)
+        pretrained.freeze(loaded, self.freeze_patterns)  # names are the whole model's, for a critic too
         model = self._accept(loaded)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -244,7 +248,10 @@ class LanguageBackbone(LightningModule, ABC):
         return []
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(f"freeze {self.freeze_patterns} leaves the {self.role} nothing to train; take some away.")
+        optimizer = self.optimizer(trained)
         if self.lr_scheduler is None:
             return optimizer
         return {

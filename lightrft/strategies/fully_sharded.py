@@ -202,24 +202,29 @@ def shard_blocks(
     module.register_forward_hook(_reshard_after_no_grad)
 
 
-def _units(module: nn.Module) -> list[nn.Module]:
-    """The outermost blocks as ``transformers`` names them, and input embeddings that are nobody else's.
-
-    Weights are gathered when their unit is called. Tables of positions, which some models read without calling them
-    (Qwen2-Audio), are small and stay in the root.
-    """
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The outermost ones of those that ``transformers`` calls not to be split: layers of decoders and towers."""
     names: set[str] = set()
     for part in module.modules():
         names.update(getattr(part, "_no_split_modules", None) or ())
+    found = [part for part in module.modules() if type(part).__name__ in names]
+    inside = {part for block in found for part in block.modules() if part is not block}
+    return [block for block in found if block not in inside]
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """Blocks, and input embeddings that are nobody else's: what is called, for then the weights are gathered.
+
+    Tables of positions, which some models read without a call (Qwen2-Audio), are small and stay in the root.
+    """
     users: dict[Tensor, int] = {}
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
             users[parameter] = users.get(parameter, 0) + 1
-    named = [part for part in module.modules() if type(part).__name__ in names]
-    inside = {part for unit in named for part in unit.modules() if part is not unit}
-    blocks = [unit for unit in named if unit not in inside]
+    units = blocks(module)
+    inside = {part for unit in units for part in unit.modules()}
     alone = [part for part in _input_embeddings(module) if part not in inside and users[part.weight] == 1]
-    return blocks + alone
+    return units + alone
 
 
 def _input_embeddings(module: nn.Module) -> list[nn.Embedding]:
