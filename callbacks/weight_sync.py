@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightrft.callback import RFTCallback
 from lightrft.engines import Engine, EngineError
+from lightrft.media import placeholder_ids
 from lightrft.ops import Fingerprint, Fingerprints, pack
 from lightrft.samples import Prompt, Sampling
 from lightrft.whereabouts import mark
@@ -192,8 +193,10 @@ def _probe_prompts(model: Any) -> list[Prompt]:
     generator = torch.Generator().manual_seed(0)
     shape = (_PROBE_PROMPTS, min(_PROBE_TOKENS, model.context_tokens - _PROBE_NEW_TOKENS))
     known = torch.arange(len(model.tokenizer))
-    if model.media is not None:
-        known = known[~torch.isin(known, torch.tensor(model.media.placeholder_ids))]
+    # The engine reads media where the processor's tokens stand; the trainer never draws those of the model.
+    of_processor = model.media.placeholder_ids if model.media is not None else ()
+    placeholders = [*placeholder_ids(model.actor.transformer.config), *of_processor]
+    known = known[~torch.isin(known, torch.tensor(placeholders, dtype=torch.int64))]
     ids = known[torch.randint(len(known), shape, generator=generator)]
     return [Prompt(f"probe/{number}", token_ids, text="") for number, token_ids in enumerate(ids)]
 

@@ -121,18 +121,14 @@ def wav(number: int, seconds: float | None = None, rate: int = 16000, channels: 
     return file.getvalue()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(**named: str) -> PreTrainedTokenizerFast:
+    """With tokens that a processor asks for by these names."""
     pieces = [*SPECIAL, *PLACEHOLDERS, *[f"[{i}]" for i in range(VOCABULARY - FIRST)]]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\[\d+\]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    # By these names InternVL's processor asks for its tokens.
-    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        extra_special_tokens=named | {"video_token": "<video>"},
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", extra_special_tokens=named
     )
     wrapped.add_special_tokens({"additional_special_tokens": [*SPECIAL[2:], *PLACEHOLDERS]})
     return wrapped
@@ -264,10 +260,16 @@ def _internvl() -> MediaWorld:
         dtype="float32",
     )
     size = {"size": {"height": 56, "width": 56}}
+    tokenizer = _tokenizer(
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
     images = GotOcr2ImageProcessor(**size, crop_to_patches=True, max_patches=4)
     return MediaWorld(
         config=config,
-        processor=InternVLProcessor(images, _tokenizer(), InternVLVideoProcessor(**size), image_seq_length=4),
+        processor=InternVLProcessor(images, tokenizer, InternVLVideoProcessor(**size), image_seq_length=4),
         model=_model(InternVLForConditionalGeneration, config),
         kind="images",
         around=[_id("<IMG_CONTEXT>")],
