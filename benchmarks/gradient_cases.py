@@ -364,14 +364,14 @@ def budget(learner: Learner, batch: Batch, parts: int) -> int:
         return UNEVEN_TOKENS
     mine = [len(batch.sequences[row]) for row in batch.response_mask.any(-1).nonzero().flatten().tolist()]
     lengths = [length for rank in learner.sharding.everyone(mine) for length in rank]
-    costs = [learner.module.cost_model(length) for length in lengths]
+    costs = [learner.module.cost(length) for length in lengths]
     steps = (len(micro_steps(costs, lengths, learner.layout.groups, size)) for size in itertools.count(9))
     return next(size for size, count in zip(itertools.count(9), steps) if count <= parts)
 
 
 def micro_batches(learner: Learner, batch: Batch) -> list[int]:
     """Trained tokens of each micro-batch of this rank."""
-    work = Workload(batch, learner.module.cost_model, learner.tokens_per_microbatch, learner.layout, learner.sharding)
+    work = Workload(batch, learner.module.cost, learner.tokens_per_microbatch, learner.layout, learner.sharding)
     return [int(part.response_mask.sum()) for part in work.micro_batches]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -191,8 +190,8 @@ def _log_probs(
     trainer: Any, readings: list[Reading], continuations: list[Tensor], sampled: bool = True
 ) -> list[Tensor]:
     """The trainer's, of all tokens of prompts and continuations but each one's first."""
-    pairs = zip_longest(readings, continuations, fillvalue=torch.zeros(0, dtype=torch.int64))
-    sequences = [torch.cat([reading.token_ids, further]) for reading, further in pairs]
+    further = continuations or [torch.zeros(0, dtype=torch.int64)] * len(readings)
+    sequences = [torch.cat([reading.token_ids, own]) for reading, own in zip(readings, further)]
     ones = torch.ones(len(sequences), dtype=torch.int64)
     lengths = [len(sequence) - 1 for sequence in sequences]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
