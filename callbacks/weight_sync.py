@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightrft.callback import RFTCallback
 from lightrft.engines import Engine, EngineError
-from lightrft.media import placeholder_ids
 from lightrft.ops import Fingerprint, Fingerprints, pack
 from lightrft.samples import Prompt, Reading, Sampling
 from lightrft.whereabouts import mark
@@ -205,9 +204,10 @@ def _probe_prompts(model: Any) -> list[Prompt]:
     """The same pseudo-random tokens at every sync: a cache of them that outlived its weights is hit."""
     generator = torch.Generator().manual_seed(0)
     shape = (_PROBE_PROMPTS, min(_PROBE_TOKENS, model.context_tokens - _PROBE_NEW_TOKENS))
-    ids = torch.randint(len(model.tokenizer), shape, generator=generator)
-    never = torch.tensor(placeholder_ids(model.actor.transformer.config), dtype=torch.int64)
-    ids[torch.isin(ids, never)] = model.tokenizer.eos_token_id
+    known = torch.arange(len(model.tokenizer))
+    if model.media is not None:
+        known = known[~torch.isin(known, torch.tensor(model.media.placeholder_ids))]
+    ids = known[torch.randint(len(known), shape, generator=generator)]
     return [Prompt(f"probe/{number}", token_ids, text="") for number, token_ids in enumerate(ids)]
 
 

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightrft.data.supervised_data import SupervisedBatch
 from lightrft.lightning_modules import pretrained
-from lightrft.lightning_modules.backbone import LanguageBackbone
+from lightrft.lightning_modules.backbone import LanguageBackbone, plainly
 from lightrft.lightning_modules.pretrained import LoRA
-from lightrft.media import placeholder_ids
+from lightrft.media import MediaProcessor, placeholder_ids
 from lightrft.ops import Packed, log_probs_and_entropy, pack, split_by_tokens
+from lightrft.samples import Reading
 
 
 class ActorModule(LanguageBackbone):
@@ -39,6 +40,8 @@ class ActorModule(LanguageBackbone):
         packing: feed packed rows (no padding computed). ``false`` pads: for architectures whose layers see across
             a packed row (state space, attention sinks, soft caps).
         gradient_checkpointing: keep no activations inside a block, compute them again in the backward.
+        freeze: weights that stay as they are, by patterns of their names (``model.visual.*``); with ``lora``, layers
+            without adapters.
         lora: train low-rank adapters instead of the weights.
         optimizer: builds the optimizer from the parameters.
         lr_scheduler: builds a schedule from the optimizer, stepped after each optimizer step; ``None`` is constant.
@@ -67,11 +70,12 @@ class ActorModule(LanguageBackbone):
         tokenizer: str | None = None,
         packing: bool = True,
         gradient_checkpointing: bool = False,
+        freeze: list[str] | None = None,
         lora: LoRA | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(model, config, packing, gradient_checkpointing, lora, optimizer, lr_scheduler)
+        super().__init__(model, config, packing, gradient_checkpointing, freeze, lora, optimizer, lr_scheduler)
         if model is None and tokenizer is None:
             raise ValueError("An actor with fresh weights needs a tokenizer (name or folder).")
         self.tokenizer_name = tokenizer or str(model)
@@ -96,6 +100,11 @@ class ActorModule(LanguageBackbone):
         Loaded when first asked for: a LightningDataModule asks before the weights are there.
         """
         return pretrained.load_processor(self.tokenizer_name)
+
+    @cached_property
+    def media(self) -> MediaProcessor | None:
+        """What reads images and audio with the processor; ``None`` where there is but a tokenizer."""
+        return MediaProcessor(self.processor) if hasattr(self.processor, "tokenizer") else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -206,10 +215,15 @@ class ActorModule(LanguageBackbone):
         log_probs, _ = self(*packed.inputs, sampled=False)
         return log_probs[:, None]
 
-    def _theirs(self, sequences: list[Tensor]) -> tuple[Tensor, float]:
-        logits = [self.transformer(input_ids=s[None], use_cache=False).logits[0, :-1].float() for s in sequences]
-        log_p = torch.cat(logits).log_softmax(-1)
-        return log_p.gather(-1, torch.cat([s[1:] for s in sequences])[:, None]), float(log_p.std())
+    def _theirs(self, alone: list[Packed]) -> tuple[Tensor, float]:
+        log_p = torch.cat([plainly(self.transformer, one).logits[0, :-1].float() for one in alone]).log_softmax(-1)
+        return log_p.gather(-1, torch.cat([one.input_ids[1:] for one in alone])[:, None]), float(log_p.std())
+
+    def _examples(self, before: Tensor, after: Tensor) -> list[Reading]:
+        if self.media is None or not self.media.kinds:
+            return []
+        reading = self.media.read(self.media.example(before.cpu(), self.media.kinds)).map(lambda t: t.to(before.device))
+        return [replace(reading, token_ids=torch.cat([reading.token_ids, after]))]
 
     # --- supervised training under Lightning's Trainer ---------------------------------------------------------------
 

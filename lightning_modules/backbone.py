@@ -20,6 +20,7 @@ from lightrft.lightning_modules.pretrained import LoRA
 from lightrft.lightning_modules.sequence_parallel import SequenceParallel
 from lightrft.media import placeholder_ids
 from lightrft.ops import Packed, check_heads, pack, pad
+from lightrft.samples import Reading
 from lightrft.strategies import data_parallel, shard_blocks
 
 
@@ -34,6 +35,7 @@ class LanguageBackbone(LightningModule, ABC):
         config: a model configuration for fresh weights.
         packing: feed packed rows, or pad.
         gradient_checkpointing: keep no activations inside a block.
+        freeze: patterns of weights that stay as they are.
         lora: train low-rank adapters instead of the weights.
         optimizer: builds the optimizer from the parameters.
         lr_scheduler: builds a schedule from the optimizer; ``None`` is constant.
@@ -57,6 +59,7 @@ class LanguageBackbone(LightningModule, ABC):
         config: dict[str, Any] | None,
         packing: bool,
         gradient_checkpointing: bool,
+        freeze: list[str] | None,
         lora: LoRA | None,
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
@@ -70,6 +73,7 @@ class LanguageBackbone(LightningModule, ABC):
         self.model_config: Any = config
         self.packing = packing
         self.gradient_checkpointing = gradient_checkpointing
+        self.freeze_patterns = freeze or []
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -100,6 +104,7 @@ class LanguageBackbone(LightningModule, ABC):
     def _load(self) -> None:
         loaded = pretrained.load_model(self.name_or_path, self.model_config)
         packed_attention.select(loaded, self.packing, self.role)
+        pretrained.freeze(loaded, self.freeze_patterns)  # names are the whole model's, for a critic too
         model = self._accept(loaded)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -120,6 +125,12 @@ class LanguageBackbone(LightningModule, ABC):
         if self.language_model is None:
             raise RuntimeError(f"The {self.role} has no weights yet; configure_model() loads them.")
         return self.language_model.get_base_model() if self.lora is not None else self.language_model  # type: ignore
+
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        """Whether some may never get a gradient: layers of a tower behind the one that is read (LLaVA)."""
+        config = self.transformer.config
+        return config.get_text_config() is not config
 
     def shard_sequences(self, group: dist.ProcessGroup | None) -> None:
         """Share every packed row out over the ranks of ``group``, from the decoder's input to the head.
@@ -199,7 +210,7 @@ class LanguageBackbone(LightningModule, ABC):
 
     @torch.no_grad()
     def _check_against_plain_forward(self) -> None:
-        """Compare two short sequences with the model's own forward, one by one: heads and layers differ by family."""
+        """Compare short sequences with the model's own forward, one by one: heads and layers differ by family."""
         training, model = self.training, self.transformer
         device = next(model.parameters()).device
         if device.type == "meta":
@@ -209,16 +220,14 @@ class LanguageBackbone(LightningModule, ABC):
         known = torch.arange(model.get_input_embeddings().num_embeddings, device=device)
         text = known[~torch.isin(known, torch.tensor(placeholder_ids(model.config), device=device))][:11]
         ids = text[torch.arange(11, device=device) % len(text)]
-        sequences, lengths = [ids[:5], ids[4:]], torch.ones(2, dtype=torch.int64, device=device)
-        mask = torch.arange(6, device=device) < torch.tensor([[4], [6]], device=device)
-        packed = pack(sequences, lengths, mask)
+        readings = [Reading(ids[:5]), *self._examples(ids[2:7], ids[3:9]), Reading(ids[4:])]
         with _exact_float32():
             try:
-                ours = self._ours(packed)
+                ours = self._ours(_whole(readings))
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{type(model).__name__} does not run in our forward ({error}); {advice}.") from error
             with packed_attention.plain(model):
-                theirs, spread = self._theirs(sequences)
+                theirs, spread = self._theirs([_whole([reading]) for reading in readings])
         self.train(training)
         gap = float((ours - theirs).norm(dim=-1).max())
         # In proportion, as all outputs of fresh weights are nearly equal, whatever the layers do.
@@ -229,20 +238,41 @@ class LanguageBackbone(LightningModule, ABC):
         """What the check compares, ``[K, D]``, by our forward of all sequences together."""
         return self._hidden(packed.input_ids, packed.position_ids, packed.cu_seqlens, packed.media)
 
-    def _theirs(self, sequences: list[Tensor]) -> tuple[Tensor, float]:
+    def _theirs(self, alone: list[Packed]) -> tuple[Tensor, float]:
         """The same by the model's own forward of each, and how far apart its outputs lie."""
-        model = self.transformer.base_model
-        hidden = torch.cat([model(input_ids=s[None], use_cache=False).last_hidden_state[0] for s in sequences])
+        hidden = torch.cat([plainly(self.transformer.base_model, one).last_hidden_state[0] for one in alone])
         return hidden, float(hidden.std(0).norm())
 
+    def _examples(self, before: Tensor, after: Tensor) -> list[Reading]:
+        """Further sequences for the check: media between these tokens, where the module knows how they are read."""
+        return []
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(f"freeze {self.freeze_patterns} leaves the {self.role} nothing to train; take some away.")
+        optimizer = self.optimizer(trained)
         if self.lr_scheduler is None:
             return optimizer
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
+
+
+def _whole(readings: list[Reading]) -> Packed:
+    """Sequences in one row, tokens 1.. of each to be predicted."""
+    sequences = [reading.token_ids for reading in readings]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = torch.arange(int(lengths.max()) - 1) < lengths[:, None] - 1
+    device = sequences[0].device
+    return pack(sequences, torch.ones_like(lengths, device=device), mask.to(device), readings).to(device)
+
+
+def plainly(model: PreTrainedModel, alone: Packed) -> Any:
+    """What the model itself makes of one sequence, positions too."""
+    media = media_inputs.of_model(model, alone.media, lambda of_tokens: of_tokens[None])
+    return model(input_ids=alone.input_ids[None], use_cache=False, **media)
 
 
 @contextmanager

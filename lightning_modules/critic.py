@@ -27,6 +27,8 @@ class CriticModule(LanguageBackbone):
         packing: feed packed rows (no padding computed). ``false`` pads: for architectures whose layers see across
             a packed row (state space, attention sinks, soft caps).
         gradient_checkpointing: keep no activations inside a block, compute them again in the backward.
+        freeze: weights that stay as they are, by patterns of their names (``model.visual.*``); with ``lora``, layers
+            without adapters.
         lora: train low-rank adapters, and the head, instead of the weights.
         optimizer: builds the optimizer from the parameters. The default's learning rate is 10 times the actor's, close
             to InstructGPT's 9e-6 (arXiv 2203.02155, appendix C).
@@ -50,13 +52,14 @@ class CriticModule(LanguageBackbone):
         config: dict[str, Any] | None = None,
         packing: bool = True,
         gradient_checkpointing: bool = False,
+        freeze: list[str] | None = None,
         lora: LoRA | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         value_clip: float = 0.2,
         warmup_iterations: int = 0,
     ) -> None:
-        super().__init__(model, config, packing, gradient_checkpointing, lora, optimizer, lr_scheduler)
+        super().__init__(model, config, packing, gradient_checkpointing, freeze, lora, optimizer, lr_scheduler)
         if not value_clip >= 0:
             raise ValueError(f"The critic's value_clip is {value_clip}; give a distance above 0, or 0 not to clip.")
         if warmup_iterations < 0:

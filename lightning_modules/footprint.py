@@ -25,6 +25,7 @@ from lightrft.analysis.live_bytes import LiveBytes
 from lightrft.lightning_modules import pretrained
 from lightrft.lightning_modules.backbone import LanguageBackbone
 from lightrft.ops.attention import has_kernel, in_autocast_dtype, kernel_attention
+from lightrft.strategies import blocks
 
 _COUNTED_ATTENTION = "lightrft_counted"
 
@@ -267,16 +268,15 @@ class Weights:
 
 def weights_of(module: LanguageBackbone) -> Weights:
     """Of a module :func:`without_weights`."""
-    names = set(getattr(module.transformer, "_no_split_modules", None) or ())
-    blocks = [_count(part) for part in module.modules() if type(part).__name__ in names]
+    of_blocks = [_count(block) for block in blocks(module)]
     parameters = list(module.parameters())
     head, embeddings = module.transformer.get_output_embeddings(), module.transformer.get_input_embeddings()
     apart = 0 if head is not None and head.weight is embeddings.weight else _count(embeddings)
     return Weights(
         all=_count(module),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        block=max(blocks, default=0),
-        outside=_count(module) - sum(blocks) - apart,
+        block=max(of_blocks, default=0),
+        outside=_count(module) - sum(of_blocks) - apart,
         largest=max(parameter.numel() for parameter in parameters),
         adapted=max((p.numel() for name, p in module.named_parameters() if ".base_layer." in name), default=0),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import fnmatch
 import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
@@ -172,11 +173,32 @@ def _has_processor(name_or_path: str) -> bool:
     return any(cached_file(name_or_path, name, **missing) for name in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME))
 
 
+def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Leave the weights whose names match one of the shell-style ``patterns`` as they are.
+
+    Raises:
+        ValueError: a pattern that matches no weight; names modules of close names.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matched = fnmatch.filter(weights, pattern)
+        if not matched:
+            parts = [name for name, part in model.named_modules() if name and next(part.parameters(), None) is not None]
+            close = difflib.get_close_matches(pattern.strip(".*"), parts, n=3, cutoff=0.0)
+            raise ValueError(
+                f"freeze has {pattern!r}, which matches the whole name of no weight of {type(model).__name__}; did you "
+                f"mean {' or '.join(repr(f'{name}.*') for name in close)}?"
+            )
+        for name in matched:
+            weights[name].requires_grad_(False)
+
+
 def add_lora(model: PreTrainedModel, lora: LoRA) -> nn.Module:
-    """Freeze ``model`` and put adapters into it, in place.
+    """Put adapters into ``model``, in place, but for layers that are frozen already, and freeze the rest of it.
 
     Raises:
         ImportError: peft is not installed.
+        ValueError: all layers that adapters are asked for are frozen.
     """
     try:
         import peft
@@ -184,6 +206,8 @@ def add_lora(model: PreTrainedModel, lora: LoRA) -> nn.Module:
         raise ImportError("LoRA needs peft: pip install 'lightning-rft[peft]'.") from error
     # No task_type: it is for peft's own forward and generate, and a critic's layers without a head have no generate.
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules)
+    weights = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    config.exclude_modules = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
     return peft.get_peft_model(model, config)
 
 

@@ -122,10 +122,10 @@ class RFTModule(LightningModule):
         """The actor's tokenizer, or where it reads media the processor around it."""
         return self.actor.processor
 
-    @cached_property
+    @property
     def media(self) -> MediaProcessor | None:
         """What reads images and audio for the actor and the critic; ``None`` where they read text alone."""
-        return MediaProcessor(self.processor) if hasattr(self.processor, "tokenizer") else None
+        return self.actor.media
 
     def read(self, prompts: Iterable[Prompt]) -> list[Reading]:
         """Prompts as the models take them.

@@ -57,6 +57,11 @@ class MediaProcessor:
         """Of media that are read, as :class:`~lightrft.samples.Media` names them."""
         return frozenset(self._ids) - {"videos"}
 
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for one item each; a prompt without media must have none of them."""
+        return tuple(self._ids.values())
+
     def example(self, token_ids: Tensor, kinds: Iterable[str]) -> Prompt:
         """A prompt of these tokens and one small item of each of the kinds."""
         kinds = sorted(kinds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightrft.strategies.base import Sharding
 from lightrft.strategies.choice import STRATEGIES, make_fabric, placement_of, sharding_of
 from lightrft.strategies.flight_recorder import unfinished_collective
-from lightrft.strategies.fully_sharded import FSDP2, data_parallel, shard_blocks
+from lightrft.strategies.fully_sharded import FSDP2, blocks, data_parallel, shard_blocks
 from lightrft.strategies.half_precision import ScaledFloat16
 from lightrft.strategies.launch import launch
 from lightrft.strategies.layout import Layout
@@ -28,6 +28,7 @@ __all__ = [
     "ScaledFloat16",
     "Sharding",
     "ZeRO",
+    "blocks",
     "by_role",
     "data_parallel",
     "gathered",

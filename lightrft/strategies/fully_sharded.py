@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -202,23 +202,38 @@ def shard_blocks(
     module.register_forward_hook(_reshard_after_no_grad)
 
 
-def _units(module: nn.Module) -> list[nn.Module]:
-    """Blocks as ``transformers`` names them, and embeddings that are nobody else's."""
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The outermost ones of those that ``transformers`` calls not to be split: layers of decoders and towers."""
     names: set[str] = set()
     for part in module.modules():
         names.update(getattr(part, "_no_split_modules", None) or ())
+    found = [part for part in module.modules() if type(part).__name__ in names]
+    inside = {part for block in found for part in block.modules() if part is not block}
+    return [block for block in found if block not in inside]
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """Blocks, and input embeddings that are nobody else's: what is called, for then the weights are gathered.
+
+    Tables of positions, which some models read without a call (Qwen2-Audio), are small and stay in the root.
+    """
     users: dict[Tensor, int] = {}
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
             users[parameter] = users.get(parameter, 0) + 1
-    units = [part for part in module.modules() if type(part).__name__ in names]
+    units = blocks(module)
     inside = {part for unit in units for part in unit.modules()}
-    alone = [
-        part
-        for part in module.modules()
-        if isinstance(part, nn.Embedding) and part not in inside and users[part.weight] == 1
-    ]
+    alone = [part for part in _input_embeddings(module) if part not in inside and users[part.weight] == 1]
     return units + alone
+
+
+def _input_embeddings(module: nn.Module) -> list[nn.Embedding]:
+    found: dict[Any, None] = {}  # in the same order on every rank
+    for part in module.modules():
+        if hasattr(part, "get_input_embeddings"):
+            with suppress(NotImplementedError):  # a tower has none
+                found[part.get_input_embeddings()] = None
+    return [part for part in found if isinstance(part, nn.Embedding)]
 
 
 class _Filler:

@@ -33,6 +33,11 @@ class DDP(DDPStrategy):
     def _get_process_group_backend(self) -> str:
         return backend_for(self.root_device)
 
+    def setup_module(self, module: nn.Module) -> Any:
+        # Otherwise the next forward is refused, as gradients are still waited for.
+        self._ddp_kwargs["find_unused_parameters"] = getattr(module, "may_leave_weights_unused", False)
+        return super().setup_module(module)
+
 
 class Replicated(Sharding):
     """Fabric's single device and :class:`DDP` behind the common surface."""

@@ -57,20 +57,10 @@ class Recording(TransformersEngine):
             del tensor
 
 
-class HalfFrozen(ActorModule):
-    """Trains what does not match any of ``frozen``."""
-
-    frozen: tuple[str, ...] = ("embed_tokens", "layers.0.", "q_proj")
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in self.frozen))
-
-
-def actor(inputs: Path, kind: type[ActorModule] = HalfFrozen, **options: Any) -> ActorModule:
-    settings = {"optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2), "config": UNTIED, **options}
-    return kind(tokenizer=str(inputs / "tokenizer"), **settings)
+def actor(inputs: Path, **options: Any) -> ActorModule:
+    settings: dict[str, Any] = {"freeze": ["*.embed_tokens.*", "*.layers.0.*", "*.q_proj.*"], "config": UNTIED}
+    settings["optimizer"] = lambda params: torch.optim.AdamW(params, lr=1e-2)
+    return ActorModule(tokenizer=str(inputs / "tokenizer"), **settings | options)
 
 
 def run(
@@ -124,7 +114,7 @@ def test_what_is_frozen_midway_travels_once_more(inputs: Path, tmp_path: Path) -
                 pl_module.actor.transformer.get_input_embeddings().requires_grad_(False)
 
     engine, embedding = Recording(), "model.embed_tokens.weight"
-    run(inputs, tmp_path, engine, Freezes(), model=actor(inputs, ActorModule))
+    run(inputs, tmp_path, engine, Freezes(), model=actor(inputs, freeze=None))
     assert [embedding in push for push in engine.pushes] == [True, True, False]
 
 
@@ -137,7 +127,7 @@ def test_a_run_is_the_same_whether_frozen_weights_travel_or_not(inputs: Path, tm
 
 
 def lora(inputs: Path, **options: Any) -> ActorModule:
-    return actor(inputs, ActorModule, lora=LoRA(rank=2, alpha=6.0, **options))
+    return actor(inputs, freeze=None, lora=LoRA(rank=2, alpha=6.0, **options))
 
 
 def test_merged_lora_leaves_out_what_no_adapter_changes(inputs: Path, tmp_path: Path) -> None:

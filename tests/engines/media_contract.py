@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from media_worlds import CONTEXT, MediaWorld, media_world
 from torch import Tensor
 
 from lightrft.engines import Engine
@@ -18,7 +19,6 @@ from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Media, Prompt, Response, Sampling
 
 from .contract import ids_of, processed_log_probs
-from .media_worlds import CONTEXT, MediaWorld, media_world
 
 
 def reference_logits(world: MediaWorld, model: Any, prompt: Prompt, tokens: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
+from media_worlds import FIRST, media_world
 from PIL import Image
 
 from lightrft.engines.checkpoint_names import checkpoint_names
@@ -15,25 +15,19 @@ from lightrft.media import MediaError, MediaProcessor
 from lightrft.ops import joined_features
 from lightrft.samples import Media, MediaItem, Prompt
 
-from .media_worlds import FIRST, media_world
-
 needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="its processor needs torchvision")
-FAMILIES = ["llava", pytest.param("qwen2_5_vl", marks=needs_torchvision), "qwen2_audio"]
-
-
-def by_the_processor(world: Any, asked: Prompt) -> dict[str, Any]:
-    """The whole prompt at once, from its text."""
-    text = "".join(world.processor.tokenizer.convert_ids_to_tokens(asked.token_ids.tolist()))
-    decoded = MediaProcessor(world.processor).decoded(asked)
-    given = {"images": decoded.get("image")} if world.kind == "images" else {"audio": [a for a, _ in decoded["audio"]]}
-    return dict(world.processor(text=[text], return_tensors="pt", add_special_tokens=False, **given))
+FAMILIES = [
+    "llava",
+    "qwen2_audio",
+    *[pytest.param(name, marks=needs_torchvision) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")],
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_items_joined_are_what_the_processor_makes_of_the_whole_prompt(family):
     world = media_world(family)
     asked = world.prompt("three", [0, 2, 1])
-    reading, whole = MediaProcessor(world.processor).read(asked), by_the_processor(world, asked)
+    reading, whole = MediaProcessor(world.processor).read(asked), world.by_the_processor(asked)
     assert len(reading.items) == 3
     assert reading.token_ids.tolist() == whole.pop("input_ids")[0].tolist()
     del whole["attention_mask"]
@@ -75,6 +69,11 @@ def test_features_of_unlike_shapes_are_not_joined():
         joined_features(items)
 
 
+QWEN2_VL = {
+    "model.visual.blocks.0.attn.qkv.weight": "visual.blocks.0.attn.qkv.weight",
+    "model.language_model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
 PUBLISHED = {
     "llava": {
         "model.vision_tower.encoder.layers.0.mlp.fc1.bias": "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
@@ -82,10 +81,18 @@ PUBLISHED = {
         "model.language_model.norm.weight": "language_model.model.norm.weight",
         "lm_head.weight": "language_model.lm_head.weight",
     },
-    "qwen2_5_vl": {
-        "model.visual.blocks.0.attn.qkv.weight": "visual.blocks.0.attn.qkv.weight",
-        "model.language_model.norm.weight": "model.norm.weight",
+    "qwen2_vl": QWEN2_VL,
+    "qwen2_5_vl": QWEN2_VL,
+    "qwen3_vl": {
+        "model.visual.deepstack_merger_list.0.linear_fc1.bias": "model.visual.deepstack_merger_list.0.linear_fc1.bias",
+        "model.language_model.norm.weight": "model.language_model.norm.weight",
         "lm_head.weight": "lm_head.weight",
+    },
+    "internvl": {
+        "model.vision_tower.encoder.layer.0.lambda_1": "vision_tower.encoder.layer.0.lambda_1",
+        "model.multi_modal_projector.linear_1.weight": "multi_modal_projector.linear_1.weight",
+        "model.language_model.norm.weight": "language_model.model.norm.weight",
+        "lm_head.weight": "language_model.lm_head.weight",
     },
     "qwen2_audio": {
         "model.audio_tower.conv1.weight": "audio_tower.conv1.weight",

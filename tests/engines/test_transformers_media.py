@@ -30,8 +30,26 @@ class TestLlavaInAProcessOfItsOwn(MediaContract):
 
 
 @needs_torchvision
-class TestQwenVL(MediaContract):
+class TestQwen2VL(MediaContract):
+    family = "qwen2_vl"
+    make = staticmethod(TransformersEngine)
+
+
+@needs_torchvision
+class TestQwen2_5VL(MediaContract):
     family = "qwen2_5_vl"
+    make = staticmethod(TransformersEngine)
+
+
+@needs_torchvision
+class TestQwen3VL(MediaContract):
+    family = "qwen3_vl"
+    make = staticmethod(TransformersEngine)
+
+
+@needs_torchvision
+class TestInternVL(MediaContract):
+    family = "internvl"
     make = staticmethod(TransformersEngine)
 
 

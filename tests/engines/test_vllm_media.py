@@ -43,13 +43,28 @@ class TestLlavaInAProcessOfItsOwn(OnTheCPU):
 
 
 @on_cpu
-class TestQwenVL(OnTheCPU):
+class TestQwen2VL(OnTheCPU):
+    family = "qwen2_vl"
+
+
+@on_cpu
+class TestQwen2_5VL(OnTheCPU):
     family = "qwen2_5_vl"
 
 
 @on_cpu
+class TestQwen3VL(OnTheCPU):
+    family = "qwen3_vl"
+
+
+@on_cpu
+class TestInternVL(OnTheCPU):
+    family = "internvl"
+
+
+@on_cpu
 class TestQwenAudio(OnTheCPU):
-    family = "qwen2_audio"
+    family = "qwen2_audio_30s"
 
 
 @pytest.mark.gpu
@@ -64,4 +79,4 @@ class TestQwenVLOnTheGPU(OnTheGPU):
 
 @pytest.mark.gpu
 class TestQwenAudioOnTheGPU(OnTheGPU):
-    family = "qwen2_audio"
+    family = "qwen2_audio_30s"

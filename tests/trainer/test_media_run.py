@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines.media_worlds import media_world
+from media_worlds import media_world
 from torch import Tensor
 from trainer import tiny_run
 

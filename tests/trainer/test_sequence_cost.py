@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines.media_worlds import media_world
+from media_worlds import media_world
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightrft.media import MediaProcessor

@@ -16,12 +16,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2AudioConfig,
@@ -29,15 +32,20 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
     Qwen2Config,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
     WhisperFeatureExtractor,
 )
 
+from lightrft.media import MediaProcessor
 from lightrft.samples import Media, Prompt
 
 CONTEXT = 256
 VOCABULARY = 320  # large, so that a placeholder is hardly ever drawn
-SPECIAL = ["<pad>", "<eos>", "<|vision_start|>", "<|vision_end|>", "<|audio_bos|>", "<|audio_eos|>"]
-PLACEHOLDERS = ["<|image_pad|>", "<|video_pad|>", "<image>", "<|AUDIO|>"]
+SPECIAL = ["<pad>", "<eos>", "<|vision_start|>", "<|vision_end|>", "<|audio_bos|>", "<|audio_eos|>", "<img>", "</img>"]
+PLACEHOLDERS = ["<|image_pad|>", "<|video_pad|>", "<image>", "<|AUDIO|>", "<IMG_CONTEXT>", "<video>"]
 FIRST = len(SPECIAL) + len(PLACEHOLDERS)  # of the ids that are text
 # Heads of 32: the smallest that every engine takes.
 TEXT: dict[str, Any] = {
@@ -45,6 +53,8 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
 }  # fmt: skip
+ROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+VISION: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128}
 
 
 @dataclass
@@ -78,6 +88,15 @@ class MediaWorld:
         ids = torch.tensor([token for piece in pieces for token in piece])
         return Prompt(uid, ids, "", media=Media(**{self.kind: tuple(map(self.reference, which))}))
 
+    def by_the_processor(self, asked: Prompt) -> dict[str, Tensor]:
+        """What the processor makes of a whole prompt at once, from its text."""
+        text = "".join(self.processor.tokenizer.convert_ids_to_tokens(asked.token_ids.tolist()))
+        decoded = MediaProcessor(self.processor).decoded(asked)
+        given = {"images": decoded.get("image")} if decoded else {}
+        if self.kind == "audios":
+            given = {"audio": [samples for samples, _ in decoded.get("audio", [])] or None}
+        return dict(self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **given))
+
 
 def png(number: int) -> bytes:
     """Squares of two colours."""
@@ -107,7 +126,14 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\[\d+\]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    # By these names InternVL's processor asks for its tokens.
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        extra_special_tokens=named | {"video_token": "<video>"},
+    )
     wrapped.add_special_tokens({"additional_special_tokens": [*SPECIAL[2:], *PLACEHOLDERS]})
     return wrapped
 
@@ -124,7 +150,7 @@ def _model(model_class: Any, config: Any) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.15 if "embed" in name else 1.2 / parameter[0].numel() ** 0.5)
-            elif "norm" not in name:
+            elif "norm" not in name and "lambda" not in name:
                 torch.nn.init.normal_(parameter, std=0.05)
     with torch.no_grad():
         model.lm_head.weight.mul_(3)
@@ -166,47 +192,107 @@ def _llava() -> MediaWorld:
     )
 
 
-def _qwen2_5_vl() -> MediaWorld:
+def _qwen_vl(
+    family: type[Any],
+    processor_class: type[Any],
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    patch: int = 14,
+    projector: str = "mlp.2",
+) -> MediaWorld:
+    """A family of Qwen's, whose positions are three numbers a token."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     tokens = {"image_token_id": _id("<|image_pad|>"), "video_token_id": _id("<|video_pad|>")}
     tokens |= {"vision_start_token_id": _id("<|vision_start|>"), "vision_end_token_id": _id("<|vision_end|>")}
-    config = Qwen2_5_VLConfig(
-        text_config=TEXT | {"rope_parameters": rope},
-        vision_config={
-            "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128,
-            "window_size": 56, "fullatt_block_indexes": [1],
-        },
+    config = family.config_class(
+        text_config=TEXT | {"rope_parameters": ROPE} | text,
+        vision_config={"depth": 2, "num_heads": 2} | vision,
         tie_word_embeddings=False,
         dtype="float32",
         **tokens,
-    )  # fmt: skip
-    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
-    processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=size), _tokenizer(), Qwen2VLVideoProcessor(size=size))
+    )
+    side = 2 * patch  # of the square that becomes a token, in pixels
+    size: dict[str, Any] = {"size": {"shortest_edge": side**2, "longest_edge": 16 * side**2}, "patch_size": patch}
     return MediaWorld(
         config=config,
-        processor=processor,
-        model=_model(Qwen2_5_VLForConditionalGeneration, config),
+        processor=processor_class(Qwen2VLImageProcessor(**size), _tokenizer(), Qwen2VLVideoProcessor(**size)),
+        model=_model(family, config),
         kind="images",
         around=[_id("<|vision_start|>"), _id("<|image_pad|>"), _id("<|vision_end|>")],
         reference=png,
         tower="model.visual.",
-        projector="model.visual.merger.mlp.2.weight",
+        projector=f"model.visual.merger.{projector}.weight",
     )
 
 
-def _qwen2_audio() -> MediaWorld:
+def _qwen2_vl() -> MediaWorld:
+    vision = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
+    return _qwen_vl(Qwen2VLForConditionalGeneration, Qwen2VLProcessor, vision, {})
+
+
+def _qwen2_5_vl() -> MediaWorld:
+    windows = {"window_size": 56, "fullatt_block_indexes": [1]}
+    return _qwen_vl(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, VISION | windows, {})
+
+
+def _qwen3_vl() -> MediaWorld:
+    """Features of the tower enter the first layer of the decoder too."""
+    vision = VISION | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    text = {"head_dim": 32, "rope_parameters": ROPE | {"mrope_interleaved": True}}
+    return _qwen_vl(Qwen3VLForConditionalGeneration, Qwen3VLProcessor, vision, text, 16, "linear_fc2")
+
+
+def _internvl() -> MediaWorld:
+    """An image is as many tiles as its shape asks for, of four tokens each."""
+    from transformers import GotOcr2ImageProcessor, InternVLVideoProcessor
+
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+            layer_scale_init_value=1.0,
+        ).to_dict(),
+        text_config=Qwen2Config(**TEXT).to_dict(),
+        image_token_id=_id("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    size = {"size": {"height": 56, "width": 56}}
+    images = GotOcr2ImageProcessor(**size, crop_to_patches=True, max_patches=4)
+    return MediaWorld(
+        config=config,
+        processor=InternVLProcessor(images, _tokenizer(), InternVLVideoProcessor(**size), image_seq_length=4),
+        model=_model(InternVLForConditionalGeneration, config),
+        kind="images",
+        around=[_id("<IMG_CONTEXT>")],
+        reference=png,
+        tower="model.vision_tower.",
+        projector="model.multi_modal_projector.linear_2.weight",
+    )
+
+
+def _qwen2_audio(seconds: int = 2) -> MediaWorld:
+    """Every clip is heard as so many seconds."""
     config = Qwen2AudioConfig(
-        # 30 seconds a clip, as vLLM insists.
         audio_config=Qwen2AudioEncoderConfig(
-            num_mel_bins=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48, d_model=32
+            num_mel_bins=16,
+            encoder_layers=1,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=48,
+            d_model=32,
+            max_source_positions=50 * seconds,
         ).to_dict(),
         text_config=Qwen2Config(**TEXT).to_dict(),
         audio_token_index=_id("<|AUDIO|>"),
         dtype="float32",
     )
-    processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=16), _tokenizer())
+    processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=16, chunk_length=seconds), _tokenizer())
     return MediaWorld(
         config=config,
         processor=processor,
@@ -219,7 +305,15 @@ def _qwen2_audio() -> MediaWorld:
     )
 
 
-_MAKERS = {"llava": _llava, "qwen2_5_vl": _qwen2_5_vl, "qwen2_audio": _qwen2_audio}
+_MAKERS = {
+    "llava": _llava,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "qwen2_audio": _qwen2_audio,
+    "qwen2_audio_30s": functools.partial(_qwen2_audio, 30),  # as vLLM insists
+}
 
 
 @functools.cache
