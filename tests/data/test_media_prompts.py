@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engines.media_worlds import png, wav
+from PIL import Image
 
 from lightrft.data import PromptData, Source
 from lightrft.samples import Prompt
@@ -158,3 +161,53 @@ def test_media_for_a_model_of_text_are_bad_records(chat_tokenizer: Any, write: W
         check_bad(
             chat_tokenizer, write, bad, {"input": "fine"}, "it has images, audio or video, but the model reads text"
         )
+
+
+def files(folder: Path) -> list[tuple[str, str, str]]:
+    """Kind of media, file and reason, for files that cannot be used."""
+    (folder / "broken.png").write_bytes(png(0)[:40])
+    (folder / "text.jpg").write_text("I am a photo.")
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "long.wav").write_bytes(wav(0, 31))
+    (folder / "cut.wav").write_bytes(wav(0)[:200])
+    (folder / "claims.wav").write_bytes(wav(0)[:40] + b"\xff\xff\xff\xff" + wav(0)[44:])
+    Image.new("RGB", (56, 56)).save(folder / "moves.gif", save_all=True, append_images=[Image.new("RGB", (56, 56), 1)])
+    Image.new("RGB", (2, 900)).save(folder / "thin.png")
+    Image.new("I;16", (56, 56)).save(folder / "deep.png")
+    return [
+        ("images", "broken.png", ".*image 0 .*broken.png'\\) cannot be used"),
+        ("images", "text.jpg", ".*it is no image of a kind that is read"),
+        ("images", "empty.png", ".*it is empty"),
+        ("images", "folder.png", "the file 'folder.png' of 'images' is a folder, a pipe or a device"),
+        ("images", "pipe.png", "the file 'pipe.png' of 'images' is a folder, a pipe or a device"),
+        ("images", "gone.png", "the file 'gone.png' of 'images' does not exist"),
+        ("images", "/dev/zero", "the file '/dev/zero' of 'images' is a folder, a pipe or a device"),
+        ("images", "data:image/png;base64,!", ".*the data URI is not base64"),
+        ("images", "moves.gif", ".*it has 2 frames"),
+        ("images", "thin.png", ".*an aspect ratio above 200"),
+        ("images", "deep.png", ".*deeper than 8 bits a channel"),
+        ("audios", "long.wav", ".*it lasts 31.00 s, but 30 s are heard at most"),
+        ("audios", "cut.wav", ".*audio 0 .*the file ends after"),
+        ("audios", "claims.wav", ".*the file ends after 4800 of its 2147483647 samples"),
+    ]
+
+
+@pytest.mark.timeout(60)
+def test_hostile_files_are_bad_records_with_their_reasons(
+    write: Write, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    cases = files(tmp_path)
+    for kind, family in {"images": "llava", "audios": "qwen2_audio"}.items():
+        own = [(file, reason) for of, file, reason in cases if of == kind]
+        fine = {"input": f"<{kind[:-1]}>", kind: IMAGE if kind == "images" else AUDIO}
+        path = write([fine | {kind: file} for file, _ in own] + [fine], "set.jsonl")
+        processor = request.getfixturevalue(family)
+        with pytest.raises(ValueError, match=rf"{len(own)} of {len(own) + 1} records of 'set' cannot be used"):
+            loaded(processor, path)
+        with pytest.warns(UserWarning, match=f"Skipped {len(own)} records of 'set'"):
+            data = loaded(processor, path, on_bad_record="skip")
+        assert [prompt.uid for prompt in data.val_dataloader()] == [f"set/{len(own)}@val"]
+        for row, ((_, reason), said) in enumerate(zip(own, data.bad_records, strict=True)):
+            assert re.match(f"set/{row}: {reason}", said)
