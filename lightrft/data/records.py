@@ -258,13 +258,16 @@ def _media_item(item: Any, key: str, folder: Path) -> str | bytes:
         raise BadRecord(f"{key!r} must hold paths, bytes or data URIs, not {_short(item)}")
     if item.startswith("data:"):
         return item
+    reason = "does not exist"
     try:
         for path in (folder / Path(item).expanduser(), Path(item).expanduser()):
             if path.is_file():
                 return os.fspath(path)
+            if path.exists():
+                reason = "is a folder, a pipe or a device"
     except (ValueError, OSError, RuntimeError):  # too long, a null byte, no such home: no path at all
         pass
-    raise BadRecord(f"the file {_short(item)} of {key!r} does not exist")
+    raise BadRecord(f"the file {_short(item)} of {key!r} {reason}")
 
 
 def _match_placeholders(text: str | list[Message], media: Media, keys: dict[str, str]) -> None:

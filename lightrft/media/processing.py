@@ -149,7 +149,10 @@ class MediaProcessor:
     def _decoded(self, kind: str, reference: Any) -> Any:
         if kind == "images":
             return image(reference)
-        return audio(reference, self._rate).numpy(), self._rate
+        heard = getattr(self._processor, "audio_processor", None) or self._processor.feature_extractor
+        rate, longest = int(heard.sampling_rate), getattr(heard, "n_samples", None)
+        # Whisper's extractor, Qwen2-Audio's too, cuts what is longer and does not say so.
+        return audio(reference, rate, *([] if longest is None else [longest])).numpy(), rate
 
     def _item(self, kind: str, reference: Any) -> MediaItem:
         decoded = self._decoded(kind, reference)
@@ -166,8 +169,3 @@ class MediaProcessor:
             token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(_PER_TOKEN)},
             features={name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)},
         )
-
-    @property
-    def _rate(self) -> int:
-        heard = getattr(self._processor, "audio_processor", None) or self._processor.feature_extractor
-        return int(heard.sampling_rate)
