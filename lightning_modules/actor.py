@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +21,9 @@ from lightrft.data.supervised_data import SupervisedBatch
 from lightrft.lightning_modules import pretrained
 from lightrft.lightning_modules.backbone import LanguageBackbone
 from lightrft.lightning_modules.pretrained import LoRA
-from lightrft.media import placeholder_ids
+from lightrft.media import MediaProcessor, placeholder_ids
 from lightrft.ops import Packed, log_probs_and_entropy, pack, split_by_tokens
+from lightrft.samples import Reading
 
 
 class ActorModule(LanguageBackbone):
@@ -248,12 +248,26 @@ class ActorModule(LanguageBackbone):
 
     def _micro_batches(self, batch: SupervisedBatch) -> list[Packed]:
         rows = split_by_tokens([len(sequence) for sequence in batch.sequences], batch.tokens_per_microbatch)
-        parts = [_pack_supervised(batch, part) for part in rows]
         if self.device_mesh is not None:
             # Sharded weights are gathered in every forward, so every rank needs as many.
-            most = self.trainer.strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max")
-            parts += [_pack_supervised(_untrained(batch), [0])] * (int(most) - len(parts))
-        return [part.to(self.device) for part in parts]
+            most = self.trainer.strategy.reduce(torch.tensor(len(rows), device=self.device), reduce_op="max")
+            rows += [[]] * (int(most) - len(rows))
+        return [_pack_supervised(self._in_step(batch.select(part))).to(self.device) for part in rows]
+
+    def _in_step(self, part: SupervisedBatch) -> SupervisedBatch:
+        """A micro-batch with something of every kind that the model reads, and with something at all.
+
+        Ranks wait for each other's gradients of every weight, those of a tower too, whatever their own records hold.
+        """
+        media = MediaProcessor.of(self.processor)
+        found = frozenset[str]().union(*(one.kinds for one in part.readings if one is not None))
+        missing = media.kinds - found if media is not None else frozenset()
+        if len(part) and not missing:
+            return part
+        token = torch.zeros(1, dtype=torch.int64)
+        untrained = media.read(media.example(token, missing)) if media is not None else Reading(token)
+        untrained = untrained.map(lambda tensor: tensor.to(self.device))
+        return part.joined(untrained)
 
     def _negative_log_prob(self, packed: Packed) -> Tensor:
         log_probs, _ = self(*packed.inputs)
@@ -288,19 +302,13 @@ class ActorModule(LanguageBackbone):
         """Summed log-prob (nats) of the trained tokens of each sequence, in order."""
         results = []
         for row in range(len(batch.sequences)):
-            packed = _pack_supervised(batch, [row]).to(self.device)
+            packed = _pack_supervised(batch.select([row])).to(self.device)
             results.append(-float(self._negative_log_prob(packed)))
         return results
 
 
-def _untrained(batch: SupervisedBatch) -> SupervisedBatch:
-    """Two tokens to compute for nothing."""
-    start = batch.sequences[0][:2]
-    return replace(batch, sequences=[start], loss_masks=[torch.zeros_like(start, dtype=torch.bool)])
-
-
-def _pack_supervised(batch: SupervisedBatch, rows: list[int]) -> Packed:
+def _pack_supervised(batch: SupervisedBatch) -> Packed:
     """Pack sequences whose every token but the first may be trained on: the "response" starts at token 1."""
-    masks = [batch.loss_masks[row][1:] for row in rows]
+    masks = [mask[1:] for mask in batch.loss_masks]
     padded = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_value=False)
-    return pack([batch.sequences[row] for row in rows], torch.ones(len(rows), dtype=torch.int64), padded.bool())
+    return pack(batch.sequences, torch.ones(len(batch), dtype=torch.int64), padded.bool(), batch.readings)

@@ -137,7 +137,7 @@ class RFTModule(LightningModule):
     @cached_property
     def media(self) -> MediaProcessor | None:
         """What reads images and audio for the actor and the critic; ``None`` where they read text alone."""
-        return MediaProcessor(self.processor) if hasattr(self.processor, "tokenizer") else None
+        return MediaProcessor.of(self.processor)
 
     def read(self, prompts: Iterable[Prompt]) -> list[Reading]:
         """Prompts as the models take them.
