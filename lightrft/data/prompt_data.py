@@ -87,7 +87,7 @@ class PromptData(LightningDataModule):
             ValueError: the tokenizer has no chat template but one is needed, or there is no room for a prompt.
         """
         self._chat = Chat.of(processor, self.chat_template, self.system_prompt)
-        self._media = MediaProcessor(processor) if processor is not self._chat.tokenizer else None
+        self._media = MediaProcessor.of(processor)
         self._seed, self._rank, self._world_size = seed, rank, world_size
         if context_tokens is not None and context_tokens < 1:
             raise ValueError("sampling.max_new_tokens takes the model's whole context; lower it to leave room to ask.")

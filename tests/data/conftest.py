@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines.media_worlds import media_world
+from media_worlds import media_world
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{% if message.content is string %}{{ message.content }}"

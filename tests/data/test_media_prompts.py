@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines.media_worlds import png, wav
+from media_worlds import png, wav
 from PIL import Image
 
 from lightrft.data import PromptData, Source

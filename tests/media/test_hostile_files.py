@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines.media_worlds import media_world, wav
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media_worlds import media_world, wav
 from PIL import Image
 
 from lightrft.media import MediaError, MediaProcessor
