@@ -11,8 +11,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Imported once in a server from which ranks are forked, before any thread of torch's exists there.
-PRELOADED = ["lightrft.trainer", "lightrft.callbacks", "lightrft.lightning_modules", "transformers.models.qwen2"]
+# Imported once in a server from which ranks are forked, before any thread of torch's exists there. DeepSpeed imports the
+# last two when a stage is set up, and takes seconds for it; without it they are passed over.
+PRELOADED = ["lightrft.trainer", "lightrft.callbacks", "lightrft.lightning_modules", "pytest"]
+PRELOADED += ["transformers.models.qwen2.modeling_qwen2", "deepspeed.runtime.zero.stage3"]
+PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for when it is imported
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 
@@ -86,7 +90,6 @@ def become(rank: int, size: int, port: int) -> None:
     places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ |= {"DS_ACCELERATOR": "cpu"}
 
 
 def free_port() -> int:
