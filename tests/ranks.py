@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -11,8 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Imported once in a server from which ranks are forked, before any thread of torch's exists there. DeepSpeed imports the
-# last two when a stage is set up, and takes seconds for it; without it they are passed over.
+# Imported once in a server from which ranks are forked, before any thread of torch's exists there. DeepSpeed would
+# import the last two, for seconds, when a stage is set up; where it is not installed they are passed over.
 PRELOADED = ["lightrft.trainer", "lightrft.callbacks", "lightrft.lightning_modules", "pytest"]
 PRELOADED += ["transformers.models.qwen2.modeling_qwen2", "deepspeed.runtime.zero.stage3"]
 PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
@@ -72,6 +73,7 @@ def _run(
     import torch.distributed as dist
 
     become(rank, size, port)
+    gc.freeze()  # what was imported before the fork is no garbage, and DeepSpeed collects often
     try:
         answer = work(*arguments), None
     except BaseException:
