@@ -49,7 +49,8 @@ def image(reference: Any) -> Any:
     try:
         given = isinstance(reference, Image.Image)
         opened: Any = reference if given else Image.open(_file(reference), formats=_FORMATS)
-        _check_size(*opened.size, Image.MAX_IMAGE_PIXELS)
+        width, height = opened.size
+        _check_size(width, height, Image.MAX_IMAGE_PIXELS)
         # Phones write previews and depth maps behind a photograph, as MPO.
         if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
             raise MediaError(f"it has {opened.n_frames} frames; give the one that is meant")
