@@ -230,9 +230,10 @@ def _units(module: nn.Module) -> list[nn.Module]:
 def _input_embeddings(module: nn.Module) -> list[nn.Embedding]:
     found: dict[Any, None] = {}  # in the same order on every rank
     for part in module.modules():
-        if hasattr(part, "get_input_embeddings"):
+        ask: Any = getattr(part, "get_input_embeddings", None)
+        if ask is not None:
             with suppress(NotImplementedError):  # a tower has none
-                found[part.get_input_embeddings()] = None
+                found[ask()] = None
     return [part for part in found if isinstance(part, nn.Embedding)]
 
 

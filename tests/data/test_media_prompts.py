@@ -188,7 +188,7 @@ def files(folder: Path) -> list[tuple[str, str, str]]:
         ("images", "moves.gif", ".*it has 2 frames"),
         ("images", "thin.png", ".*an aspect ratio above 200"),
         ("images", "deep.png", ".*deeper than 8 bits a channel"),
-        ("audios", "long.wav", ".*it lasts 31.00 s, but 30 s are heard at most"),
+        ("audios", "long.wav", ".*it lasts 31.00 s, but \\d+ s are heard at most"),
         ("audios", "cut.wav", ".*audio 0 .*the file ends after"),
         ("audios", "claims.wav", ".*the file ends after 4800 of its 2147483647 samples"),
     ]
