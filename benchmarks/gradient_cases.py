@@ -1,25 +1,18 @@
 """Gradients of one optimizer step, for many algorithms and ways of cutting it, against the undivided step's.
 
 :func:`measure` is shared by ``benchmarks/grid.py``, which makes the table of every cut, and by
-``tests/test_split_invariance.py``, whose few cuts cover every row of it. It runs this file on one rank and on two:
-
-    python benchmarks/gradient_cases.py FOLDER [--few]
-    torchrun --nproc_per_node 2 benchmarks/gradient_cases.py FOLDER [--few]
+``tests/test_split_invariance.py``, whose few cuts cover every row of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +33,10 @@ from lightrft.ops import micro_steps, pack
 from lightrft.samples import FIRE, Batch, Prompt, Response, Rollout, Sampling
 from lightrft.strategies import Roles, Sharding, make_fabric
 from lightrft.workload import Workload
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from ranks import on_ranks
 
 TEMPERATURE, LONGEST, VOCABULARY = 0.8, 9, 14
 QWEN2 = {
@@ -363,15 +360,19 @@ def budget(learner: Learner, batch: Batch, parts: int) -> int:
     if not parts:
         return UNEVEN_TOKENS
     mine = [len(batch.sequences[row]) for row in batch.response_mask.any(-1).nonzero().flatten().tolist()]
-    lengths = [length for rank in learner.sharding.everyone(mine) for length in rank]
-    costs = [learner.module.cost_model(length) for length in lengths]
-    steps = (len(micro_steps(costs, lengths, learner.layout.groups, size)) for size in itertools.count(9))
-    return next(size for size, count in zip(itertools.count(9), steps) if count <= parts)
+    lengths = tuple(length for rank in learner.sharding.everyone(mine) for length in rank)
+    costs = tuple(map(learner.module.cost, lengths))
+    return _least_budget(costs, lengths, learner.layout.groups, parts)
+
+
+@cache  # most rows have the same lengths
+def _least_budget(costs: tuple[float, ...], lengths: tuple[int, ...], groups: int, parts: int) -> int:
+    return next(n for n in itertools.count(9) if len(micro_steps(list(costs), list(lengths), groups, n)) <= parts)
 
 
 def micro_batches(learner: Learner, batch: Batch) -> list[int]:
     """Trained tokens of each micro-batch of this rank."""
-    work = Workload(batch, learner.module.cost_model, learner.tokens_per_microbatch, learner.layout, learner.sharding)
+    work = Workload(batch, learner.module.cost, learner.tokens_per_microbatch, learner.layout, learner.sharding)
     return [int(part.response_mask.sum()) for part in work.micro_batches]
 
 
@@ -426,37 +427,19 @@ class Measured:
 
 def measure(few: bool) -> list[Measured]:
     """Every row on one rank and on two; ``few`` takes the cuts of the test suite."""
-    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]):
-            command = [sys.executable, *launcher, __file__, folder, *(["--few"] if few else [])]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-            found += json.loads((Path(folder) / "measured.json").read_text())
-    return [Measured(**one) for one in found]
+        return [one for ranks in (1, 2) for one in on_ranks(ranks, _on_this_rank, ranks, few, Path(folder))[0]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", type=Path, help="for measured.json, and the undivided gradients that a rank alone writes"
-    )
-    parser.add_argument("--few", action="store_true", help="the cuts of the test suite")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    ranks, found = int(os.environ.get("WORLD_SIZE", 1)), []
+def _on_this_rank(ranks: int, few: bool, folder: Path) -> list[Measured]:
+    """``folder`` is for the undivided gradients, which a rank alone writes."""
+    found: list[Measured] = []
     for precision in PRECISIONS:
         strategy = "ddp" if ranks > 1 else "auto"
         fabric = make_fabric(strategy, precision, accelerator="cpu", devices=ranks)
         fabric.launch()
-        found += [asdict(one) for one in measured(fabric, precision, options.few, options.folder / f"{precision}.pt")]
-    if fabric.is_global_zero:
-        (options.folder / "measured.json").write_text(json.dumps(found))
-    if ranks > 1:
-        fabric.barrier()
-        torch.distributed.destroy_process_group()
+        found += measured(fabric, precision, few, folder / f"{precision}.pt")
+    return found
 
 
 def measured(fabric: Fabric, precision: str, few: bool, undivided: Path) -> Iterator[Measured]:
@@ -485,7 +468,3 @@ def measured(fabric: Fabric, precision: str, few: bool, undivided: Path) -> Iter
 
 def _difference(gradient: Tensor, whole: Tensor) -> float:
     return float((gradient - whole).norm() / whole.norm())
-
-
-if __name__ == "__main__":
-    main()

@@ -104,7 +104,7 @@ class ActorModule(LanguageBackbone):
     @cached_property
     def media(self) -> MediaProcessor | None:
         """What reads images and audio with the processor; ``None`` where there is but a tokenizer."""
-        return MediaProcessor(self.processor) if hasattr(self.processor, "tokenizer") else None
+        return MediaProcessor.of(self.processor)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -262,12 +262,26 @@ class ActorModule(LanguageBackbone):
 
     def _micro_batches(self, batch: SupervisedBatch) -> list[Packed]:
         rows = split_by_tokens([len(sequence) for sequence in batch.sequences], batch.tokens_per_microbatch)
-        parts = [_pack_supervised(batch, part) for part in rows]
         if self.device_mesh is not None:
             # Sharded weights are gathered in every forward, so every rank needs as many.
-            most = self.trainer.strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max")
-            parts += [_pack_supervised(_untrained(batch), [0])] * (int(most) - len(parts))
-        return [part.to(self.device) for part in parts]
+            most = self.trainer.strategy.reduce(torch.tensor(len(rows), device=self.device), reduce_op="max")
+            rows += [[]] * (int(most) - len(rows))
+        return [_pack_supervised(self._in_step(batch.select(part))).to(self.device) for part in rows]
+
+    def _in_step(self, part: SupervisedBatch) -> SupervisedBatch:
+        """A micro-batch with something of every kind that the model reads, and with something at all.
+
+        Ranks wait for each other's gradients of every weight, those of a tower too, whatever their own records hold.
+        """
+        media = self.media
+        found = frozenset[str]().union(*(one.kinds for one in part.readings if one is not None))
+        missing = media.kinds - found if media is not None else frozenset()
+        if len(part) and not missing:
+            return part
+        token = torch.zeros(1, dtype=torch.int64)
+        untrained = media.read(media.example(token, missing)) if media is not None else Reading(token)
+        untrained = untrained.map(lambda tensor: tensor.to(self.device))
+        return part.joined(untrained)
 
     def _negative_log_prob(self, packed: Packed) -> Tensor:
         log_probs, _ = self(*packed.inputs)
@@ -302,19 +316,13 @@ class ActorModule(LanguageBackbone):
         """Summed log-prob (nats) of the trained tokens of each sequence, in order."""
         results = []
         for row in range(len(batch.sequences)):
-            packed = _pack_supervised(batch, [row]).to(self.device)
+            packed = _pack_supervised(batch.select([row])).to(self.device)
             results.append(-float(self._negative_log_prob(packed)))
         return results
 
 
-def _untrained(batch: SupervisedBatch) -> SupervisedBatch:
-    """Two tokens to compute for nothing."""
-    start = batch.sequences[0][:2]
-    return replace(batch, sequences=[start], loss_masks=[torch.zeros_like(start, dtype=torch.bool)])
-
-
-def _pack_supervised(batch: SupervisedBatch, rows: list[int]) -> Packed:
+def _pack_supervised(batch: SupervisedBatch) -> Packed:
     """Pack sequences whose every token but the first may be trained on: the "response" starts at token 1."""
-    masks = [batch.loss_masks[row][1:] for row in rows]
+    masks = [mask[1:] for mask in batch.loss_masks]
     padded = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_value=False)
-    return pack([batch.sequences[row] for row in rows], torch.ones(len(rows), dtype=torch.int64), padded.bool())
+    return pack(batch.sequences, torch.ones(len(batch), dtype=torch.int64), padded.bool(), batch.readings)

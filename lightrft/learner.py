@@ -137,7 +137,7 @@ class Learner:
     def _workload(self, batch: Batch) -> Workload:
         return Workload(
             batch,
-            self.module.cost_model,
+            self.module.cost,
             self.tokens_per_microbatch,
             self.layout,
             self.sharding,

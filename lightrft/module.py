@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch.distributed import ProcessGroup
 
 from lightrft.algorithms import Algorithm, resolve_algorithm
 from lightrft.media import MediaProcessor
-from lightrft.ops import CostModel
 from lightrft.rewards import Scorer
 from lightrft.samples import Prompt, Reading
+from lightrft.sequence_cost import SequenceCost
 
 
 class RFTModule(LightningModule):
@@ -106,22 +107,10 @@ class RFTModule(LightningModule):
         configs = [model.transformer.config.get_text_config() for model in models]
         return min(int(getattr(config, "max_position_embeddings", None) or sys.maxsize) for config in configs)
 
-    @property
-    def cost_model(self) -> CostModel:
+    @cached_property
+    def cost(self) -> SequenceCost:
         """What a sequence costs the actor."""
-        config = self.actor.transformer.config.get_text_config()
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        experts = getattr(config, "num_experts_per_tok", None)
-        width = (getattr(config, "moe_intermediate_size", None) if experts else None) or _width(config)
-        return CostModel.of_shape(
-            hidden_size=hidden,
-            layers=config.num_hidden_layers,
-            intermediate_size=width * (experts or 1),
-            heads=heads,
-            key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or hidden // heads,
-            vocabulary=config.vocab_size,
-        )
+        return SequenceCost.of(self.actor.transformer)
 
     @property
     def tokenizer(self) -> Any:
@@ -179,8 +168,3 @@ class RFTModule(LightningModule):
     def save_settings(self, folder: Path) -> None:
         """Write what a Hugging Face folder of the policy holds besides weights."""
         self.actor.save_settings(folder)
-
-
-def _width(config: Any) -> int:
-    """Of the MLP; where a configuration does not name it, four times the hidden size, as the first transformers had."""
-    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)

@@ -6,8 +6,9 @@ backward are done where they balance best: rows travel there, and what a model s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from lightrft.media import MediaProcessor
 from lightrft.ops import busiest_over_mean, loads, micro_steps
 from lightrft.samples import Batch, Reading
+from lightrft.sequence_cost import SequenceCost
 from lightrft.strategies import Layout, Sharding
 
 
@@ -27,6 +29,7 @@ class _Row:
         row: in the owner's batch.
         tokens: of prompt and response.
         response: tokens of the response.
+        cost: of computing it.
         reading: which of the owner's readings it has; -1 where its prompt has no media.
     """
 
@@ -34,6 +37,7 @@ class _Row:
     row: int
     tokens: int
     response: int
+    cost: float
     reading: int
 
 
@@ -42,7 +46,7 @@ class Workload:
 
     Args:
         batch: the rows that this rank owns, on the host.
-        cost: of a sequence of so many tokens.
+        cost: of a sequence.
         tokens_per_microbatch: most tokens of a micro-batch on one rank; a longer row is alone.
         layout: groups of ranks; a group's micro-batch holds as many times the tokens, on each of its ranks.
         sharding: reaches the other ranks.
@@ -61,7 +65,7 @@ class Workload:
     def __init__(
         self,
         batch: Batch,
-        cost: Callable[[int], float],
+        cost: SequenceCost,
         tokens_per_microbatch: int,
         layout: Layout,
         sharding: Sharding,
@@ -70,8 +74,8 @@ class Workload:
         self._batch, self._layout, self._sharding, self._media = batch, layout, sharding, media
         self._ranks = range(layout.world_size)
         self._readings = list({id(one): one for one in batch.readings if one is not None}.values())
-        self._rows, self._shapes = _all_rows(batch, self._readings, sharding)
-        costs, sizes = [cost(row.tokens) for row in self._rows], [row.tokens for row in self._rows]
+        self._rows, self._shapes = _all_rows(batch, self._readings, cost, sharding)
+        costs, sizes = [row.cost for row in self._rows], [row.tokens for row in self._rows]
         plan = micro_steps(costs, sizes, layout.groups, tokens_per_microbatch * layout.sequence_parallel_size)
         self.busiest_over_mean = busiest_over_mean(loads(costs, plan))
         group_of = {number: group for step in plan for group, part in enumerate(step) for number in part}
@@ -165,12 +169,17 @@ class Workload:
         return results
 
 
-def _all_rows(batch: Batch, readings: list[Reading], sharding: Sharding) -> tuple[list[_Row], list[list[Reading]]]:
+def _all_rows(
+    batch: Batch, readings: list[Reading], cost: SequenceCost, sharding: Sharding
+) -> tuple[list[_Row], list[list[Reading]]]:
     """Of every rank, the rows that have something to train on, and its readings without what is in their tensors."""
     trained = batch.response_mask.any(-1).nonzero().flatten().tolist()
-    lengths = list(zip(batch.sequence_lengths, batch.response_lengths.tolist()))
+    lengths, responses = batch.sequence_lengths, batch.response_lengths.tolist()
     number_of = {id(one): number for number, one in enumerate(readings)}
-    rows = [(row, *lengths[row], number_of.get(id(batch.readings[row]), -1)) for row in trained]
+    rows = [
+        (row, lengths[row], responses[row], cost(lengths[row], read), number_of.get(id(read), -1))
+        for row, read in ((row, batch.readings[row]) for row in trained)
+    ]
     shapes = [one.map(lambda tensor: tensor.to("meta")) for one in readings]
     told, of_readings = zip(*sharding.everyone((rows, shapes)))
     return [_Row(owner, *row) for owner, own in enumerate(told) for row in own], list(of_readings)
@@ -230,7 +239,7 @@ def _counts(rows: list[_Row], like: Batch) -> list[tuple[int, torch.dtype]]:
 def _batch(flat: list[Tensor], rows: list[_Row], like: Batch) -> Batch:
     """What :func:`_flat` was made of."""
     width = max((row.response for row in rows), default=1)
-    columns = {
+    columns: dict[str, Any] = {
         name: _padded(values, rows, width) if column.ndim == 2 else values
         for (name, column), values in zip(like.columns.items(), flat[1:])
     }

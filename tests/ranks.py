@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -11,8 +12,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Imported once in a server from which ranks are forked, before any thread of torch's exists there.
-PRELOADED = ["lightrft.trainer", "lightrft.callbacks", "lightrft.lightning_modules", "transformers.models.qwen2"]
+# Imported once in a server from which ranks are forked, before any thread of torch's exists there. DeepSpeed would
+# import the last two, for seconds, when a stage is set up; where it is not installed they are passed over.
+PRELOADED = ["lightrft.trainer", "lightrft.callbacks", "lightrft.lightning_modules", "pytest"]
+PRELOADED += ["transformers.models.qwen2.modeling_qwen2", "deepspeed.runtime.zero.stage3"]
+PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for when it is imported
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 
@@ -68,6 +73,7 @@ def _run(
     import torch.distributed as dist
 
     become(rank, size, port)
+    gc.freeze()  # what was imported before the fork is no garbage, and DeepSpeed collects often
     try:
         answer = work(*arguments), None
     except BaseException:
@@ -86,7 +92,6 @@ def become(rank: int, size: int, port: int) -> None:
     places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ |= {"DS_ACCELERATOR": "cpu"}
 
 
 def free_port() -> int:

@@ -75,7 +75,7 @@ def _joined(batches: list[Batch]) -> Batch:
         batch.group_ids = batch.group_ids + start
         start = int(batch.group_ids.max()) + 1
 
-    columns = {
+    columns: dict[str, Any] = {
         name: torch.cat([_padded(batch.columns[name], longest) for batch in batches]) for name in batches[0].columns
     }
     return Batch(sequences=[one for batch in batches for one in batch.sequences], **columns)

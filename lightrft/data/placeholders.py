@@ -21,6 +21,11 @@ def count(text: str | list[dict[str, Any]], part: str) -> int:
     )
 
 
+def shown(messages: list[dict[str, Any]], media: Media) -> Media:
+    """Of the media of a conversation, those of its first messages."""
+    return Media(**{kind: getattr(media, kind)[: count(messages, part)] for kind, part in PART_OF.items()})
+
+
 def as_parts(text: str | list[dict[str, Any]], media: Media) -> str | list[dict[str, Any]]:
     """The input with placeholders as parts (``{"type": "image"}``), the form templates of multimodal models take.
 

@@ -75,8 +75,8 @@ class PromptData(LightningDataModule):
         """Tell of the run these prompts are for, before :meth:`setup`.
 
         Args:
-            processor: ``PreTrainedTokenizerBase`` of the actor, or the ``ProcessorMixin`` around it, with which the media
-                of every record are read once.
+            processor: ``PreTrainedTokenizerBase`` of the actor, or the ``ProcessorMixin`` around it, which reads the
+                media of every record once.
             seed: the run's seed, of the order in which prompts are drawn.
             rank: which share of the prompts is this process's.
             world_size: number of shares.
@@ -87,7 +87,7 @@ class PromptData(LightningDataModule):
             ValueError: the tokenizer has no chat template but one is needed, or there is no room for a prompt.
         """
         self._chat = Chat.of(processor, self.chat_template, self.system_prompt)
-        self._media = MediaProcessor(processor) if processor is not self._chat.tokenizer else None
+        self._media = MediaProcessor.of(processor)
         self._seed, self._rank, self._world_size = seed, rank, world_size
         if context_tokens is not None and context_tokens < 1:
             raise ValueError("sampling.max_new_tokens takes the model's whole context; lower it to leave room to ask.")

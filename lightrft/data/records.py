@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lightrft.data.placeholders import PART_OF, count
-from lightrft.data.sources import PromptSource
+from lightrft.data.sources import DataSource, PromptSource
 from lightrft.samples import Media
 
 OnBadRecord = Literal["raise", "skip"]
@@ -61,8 +61,7 @@ def read_record(raw: Any, source: PromptSource, folder: Path = Path()) -> Record
     else:
         text, reference = _input(raw, source.input_key), _reference(raw, source.reference_key)
         used = {source.input_key, source.reference_key}
-    media = Media(**{kind: _media(raw, key, folder) for kind, key in source.keys_of_media.items()})
-    _match_placeholders(text, media, source.keys_of_media)
+    media = media_of(raw, text, source, folder)
     if source.label is None:
         used.add(source.label_key)
     used.update(source.keys_of_media.values())
@@ -73,6 +72,20 @@ def read_record(raw: Any, source: PromptSource, folder: Path = Path()) -> Record
         media=media,
         columns={str(key): plain(value) for key, value in raw.items() if key not in used},
     )
+
+
+def media_of(raw: Mapping[str, Any], text: str | list[Message], source: DataSource, folder: Path) -> Media:
+    """The media of a raw record by reference, one for each placeholder of its text or messages.
+
+    Raises:
+        BadRecord: a media file is missing, or the placeholders do not match the media.
+    """
+    media = Media(**{kind: _media(raw, key, folder) for kind, key in source.keys_of_media.items()})
+    for kind, key in source.keys_of_media.items():
+        part, given = PART_OF[kind], len(getattr(media, kind))
+        if (wanted := count(text, part)) != given:
+            raise BadRecord(f"the input has {wanted} <{part}> but {key!r} holds {given}")
+    return media
 
 
 def screen(
@@ -258,20 +271,16 @@ def _media_item(item: Any, key: str, folder: Path) -> str | bytes:
         raise BadRecord(f"{key!r} must hold paths, bytes or data URIs, not {_short(item)}")
     if item.startswith("data:"):
         return item
+    reason = "does not exist"
     try:
         for path in (folder / Path(item).expanduser(), Path(item).expanduser()):
             if path.is_file():
                 return os.fspath(path)
+            if path.exists():
+                reason = "is a folder, a pipe or a device"
     except (ValueError, OSError, RuntimeError):  # too long, a null byte, no such home: no path at all
         pass
-    raise BadRecord(f"the file {_short(item)} of {key!r} does not exist")
-
-
-def _match_placeholders(text: str | list[Message], media: Media, keys: dict[str, str]) -> None:
-    for kind, key in keys.items():
-        part, given = PART_OF[kind], len(getattr(media, kind))
-        if (wanted := count(text, part)) != given:
-            raise BadRecord(f"the input has {wanted} <{part}> but {key!r} holds {given}")
+    raise BadRecord(f"the file {_short(item)} of {key!r} {reason}")
 
 
 def _short(value: Any) -> str:

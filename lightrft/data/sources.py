@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lightrft.data.json_records import load_json
 
 FILE_KINDS = (".json", ".jsonl", ".csv", ".parquet")
+MEDIA_KINDS = ("images", "audios", "videos")
 
 
 @dataclass
@@ -26,6 +27,10 @@ class DataSource:
         split: split of a hub id or folder; slices as ``train[:100]`` are for hub ids and repository folders.
         subset: configuration of a hub id or repository folder, as ``main`` of ``openai/gsm8k``.
         name: what metrics and errors call it; by default the last part of the path.
+        media_keys: for the kinds ``images``, ``audios`` and ``videos`` the key that holds them, where it is not the
+            kind's own name: a path, bytes, a data URI, or a list of these, one for each ``<image>`` (``<audio>``,
+            ``<video>``) of the record, in order; a relative path is looked up beside the data, then in the working
+            directory. ``null`` for a kind leaves the column alone and makes ``<image>`` ordinary text.
 
     Raises:
         ValueError: a key that could have no effect, or an empty path.
@@ -35,6 +40,7 @@ class DataSource:
     split: str = "train"
     subset: str | None = None
     name: str = ""
+    media_keys: dict[str, str | None] | None = None
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -42,6 +48,8 @@ class DataSource:
         if self._suffix in FILE_KINDS and (self.split != "train" or self.subset is not None):
             raise ValueError(f"{self.path} is a file, which has no splits or subsets; remove the key.")
         self.name = self.name or _default_name(self.path)
+        if unknown := set(self.media_keys or {}) - set(MEDIA_KINDS):
+            raise ValueError(f"{self.name}: media_keys has {min(unknown)!r}; kinds are {', '.join(MEDIA_KINDS)}.")
 
     @property
     def _suffix(self) -> str:
@@ -51,6 +59,12 @@ class DataSource:
     def text_keys(self) -> tuple[str, ...]:
         """Columns that are text, however much they look like numbers."""
         return ()
+
+    @property
+    def keys_of_media(self) -> dict[str, str]:
+        """Media kind (``images``) to the key that holds it, without the kinds that are switched off."""
+        keys = {kind: kind for kind in MEDIA_KINDS} | (self.media_keys or {})
+        return {kind: key for kind, key in keys.items() if key is not None}
 
     @property
     def folder(self) -> Path:
@@ -124,9 +138,6 @@ class DataSource:
             ) from error
 
 
-MEDIA_KINDS = ("images", "audios", "videos")
-
-
 @dataclass
 class PromptSource(DataSource):
     """Prompts, each with what its rewards need. A dotted key reaches into nested records (``extra_info.level``).
@@ -137,10 +148,6 @@ class PromptSource(DataSource):
             ``reward_model.ground_truth``, else ``ground_truth``, else none.
         label_key: name of the reward recipe; falls back to the same key in ``extra_info``, else none.
         label: one reward recipe for all records, instead of ``label_key``.
-        media_keys: for the kinds ``images``, ``audios`` and ``videos`` the key that holds them, where it is not the
-            kind's own name: a path, bytes, a data URI, or a list of these, one for each ``<image>`` (``<audio>``,
-            ``<video>``) of the input, in order; a relative path is looked up beside the data, then in the working
-            directory. ``null`` for a kind leaves the column alone and makes ``<image>`` ordinary text.
         format: ``gsm8k`` takes ``question``, and as reference what follows ``####`` in ``answer``, without commas.
 
     Raises:
@@ -151,13 +158,10 @@ class PromptSource(DataSource):
     reference_key: str = "reference"
     label_key: str = "label"
     label: str | None = None
-    media_keys: dict[str, str | None] | None = None
     format: Literal["gsm8k"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := set(self.media_keys or {}) - set(MEDIA_KINDS):
-            raise ValueError(f"{self.name}: media_keys has {min(unknown)!r}; kinds are {', '.join(MEDIA_KINDS)}.")
         if self.label is not None and self.label_key != "label":
             raise ValueError(f"{self.name}: label makes label_key {self.label_key!r} ineffective; give one of them.")
         if self.format is not None and (self.input_key, self.reference_key) != ("input", "reference"):
@@ -166,12 +170,6 @@ class PromptSource(DataSource):
     @property
     def text_keys(self) -> tuple[str, ...]:
         return (self.input_key, self.reference_key, self.label_key, "ground_truth", "question", "answer")
-
-    @property
-    def keys_of_media(self) -> dict[str, str]:
-        """Media kind (``images``) to the key that holds it, without the kinds that are switched off."""
-        keys = {kind: kind for kind in MEDIA_KINDS} | (self.media_keys or {})
-        return {kind: key for kind, key in keys.items() if key is not None}
 
 
 @dataclass

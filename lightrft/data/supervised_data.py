@@ -1,9 +1,9 @@
-"""Conversations for supervised fine-tuning under Lightning's own Trainer."""
+"""Conversations for supervised fine-tuning under Lightning's own Trainer, with images and audio or without."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,24 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
 from lightrft.data.chat import Chat
-from lightrft.data.placeholders import PART_OF
-from lightrft.data.records import BadRecord, Message, OnBadRecord, lookup, messages_of, screen, warn_of_skipped
+from lightrft.data.placeholders import as_parts, shown
+from lightrft.data.records import (
+    BadRecord,
+    Message,
+    OnBadRecord,
+    lookup,
+    media_of,
+    messages_of,
+    screen,
+    warn_of_skipped,
+)
 from lightrft.data.sources import SupervisedSource, sources_of
 from lightrft.data.turns import Segment, conversation, encode, encode_pair
+from lightrft.media import MediaError, MediaProcessor
+from lightrft.samples import Media, Prompt, Reading
+
+Lesson = tuple[Tensor, Tensor, Reading | None]
+"""Token ids int64 ``[L]``, loss mask bool ``[L]``, and what the model takes beside them where there are media."""
 
 
 @dataclass(eq=False)
@@ -27,30 +41,55 @@ class SupervisedBatch:
         sequences: ``B`` int64 tensors ``[L_i]``.
         loss_masks: ``B`` bool tensors ``[L_i]``; ``True`` where a token is learned.
         tokens_per_microbatch: most tokens that one forward may hold.
+        readings: ``B``; what the model takes beside the tokens, ``None`` where there are no media.
     """
 
     sequences: list[Tensor]
     loss_masks: list[Tensor]
     tokens_per_microbatch: int = 16384
+    readings: list[Reading | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.readings = self.readings or [None] * len(self.sequences)
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     @classmethod
-    def collate(cls, rows: list[tuple[Tensor, Tensor]], tokens_per_microbatch: int = 16384) -> SupervisedBatch:
+    def collate(cls, rows: list[Lesson], tokens_per_microbatch: int = 16384) -> SupervisedBatch:
         """The rows of a DataLoader as a batch."""
-        return cls([ids for ids, _ in rows], [mask for _, mask in rows], tokens_per_microbatch)
+        sequences, loss_masks, readings = (list(column) for column in zip(*rows))
+        return cls(sequences, loss_masks, tokens_per_microbatch, readings)
+
+    def select(self, rows: list[int]) -> SupervisedBatch:
+        """These rows alone."""
+        return SupervisedBatch(
+            sequences=[self.sequences[row] for row in rows],
+            loss_masks=[self.loss_masks[row] for row in rows],
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            readings=[self.readings[row] for row in rows],
+        )
+
+    def joined(self, untrained: Reading) -> SupervisedBatch:
+        """With a sequence more, of which nothing is learned."""
+        return SupervisedBatch(
+            sequences=[*self.sequences, untrained.token_ids],
+            loss_masks=[*self.loss_masks, torch.zeros_like(untrained.token_ids, dtype=torch.bool)],
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            readings=[*self.readings, untrained],
+        )
 
     def to(self, device: torch.device) -> SupervisedBatch:
         return SupervisedBatch(
             sequences=[ids.to(device) for ids in self.sequences],
             loss_masks=[mask.to(device) for mask in self.loss_masks],
             tokens_per_microbatch=self.tokens_per_microbatch,
+            readings=[one and one.map(lambda tensor: tensor.to(device)) for one in self.readings],
         )
 
 
 class SupervisedSet(Dataset):
-    """The usable records of a source as tokens to learn, every one checked once.
+    """The usable records of a source as tokens to learn, every one checked once, its images and audio read.
 
     A record is one sequence, or several where the chat template rewrites earlier turns
     (:func:`lightrft.data.turns.conversation`).
@@ -58,7 +97,8 @@ class SupervisedSet(Dataset):
     Args:
         source: where they come from.
         chat: how conversations are spelled.
-        max_tokens: longer sequences are bad records.
+        media: reads images and audio for the model; ``None`` where it reads text alone.
+        max_tokens: longer sequences are bad records; images and audio count as what the model makes of them.
         on_bad_record: ``raise``, or ``skip`` those that cannot be used.
 
     Attributes:
@@ -73,10 +113,12 @@ class SupervisedSet(Dataset):
         self,
         source: SupervisedSource,
         chat: Chat,
+        media: MediaProcessor | None = None,
         max_tokens: int | None = None,
         on_bad_record: OnBadRecord = "raise",
     ) -> None:
-        self._source, self._chat, self._max_tokens = source, chat, max_tokens
+        self._source, self._chat, self._media, self._max_tokens = source, chat, media, max_tokens
+        self._folder = source.folder
         if not chat.templated and chat.tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no end of sequence token for raw responses to end with; give it one.")
         self._raw = source.load()
@@ -86,12 +128,13 @@ class SupervisedSet(Dataset):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Token ids int64 ``[L]`` and loss mask bool ``[L]``."""
+    def __getitem__(self, index: int) -> Lesson:
+        """One sequence, its media read anew."""
         row, part = self._items[index].tolist()
-        return self._encode(self._read(row)[part])
+        return self._encode(row, *self._read(row)[part])
 
-    def _read(self, row: int) -> list[list[Segment]]:
+    def _read(self, row: int) -> list[tuple[list[Segment], Media]]:
+        """Sequences of a record, each with its media."""
         try:
             raw = self._raw[row]
         except ValueError as error:
@@ -103,15 +146,26 @@ class SupervisedSet(Dataset):
         else:
             prompt, response = self._prompt(raw), self._text(raw, self._source.response_key)
             if isinstance(prompt, str) and not self._chat.templated:
-                return [[(prompt, False), (response, True)]]
+                media = self._media_of(raw, prompt)
+                spelled = self._media.spelled(prompt, media) if self._media is not None else prompt
+                return [([(spelled, False), (response, True)], media)]
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages = [*messages, {"role": "assistant", "content": response}]
-        self._refuse_media(raw, messages)
+        media = self._media_of(raw, messages)
         if not self._chat.templated:
             raise BadRecord("messages need a chat template; use a chat tokenizer, or records of prompt and response")
-        return conversation(messages, self._chat)
+        in_parts: Any = as_parts(messages, media)
+        sequences = conversation(in_parts, self._chat)
+        return [(segments, shown(in_parts[:messages_shown], media)) for messages_shown, segments in sequences]
 
-    def _encode(self, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+    def _encode(self, row: int, segments: list[Segment], media: Media) -> Lesson:
+        ids, mask = self._tokens(segments)
+        if self._media is None:
+            return ids, mask, None
+        reading = self._media.read(Prompt(f"{self._source.name}/{row}", ids, text="", media=media))
+        return (reading.token_ids, self._media.expand(mask, ids, reading), reading) if media else (ids, mask, None)
+
+    def _tokens(self, segments: list[Segment]) -> tuple[Tensor, Tensor]:
         if self._chat.templated:
             return encode(segments, self._chat)
         (prompt, _), (response, _) = segments
@@ -119,10 +173,14 @@ class SupervisedSet(Dataset):
 
     def _check(self, row: int) -> int:
         sequences = self._read(row)
-        if self._max_tokens is not None:
-            tokens = max(len(self._encode(segments)[0]) for segments in sequences)
-            if tokens > self._max_tokens:
-                raise BadRecord(f"it has {tokens} tokens, more than max_tokens {self._max_tokens}")
+        if self._max_tokens is None and self._media is None:
+            return len(sequences)
+        try:
+            tokens = max(len(self._encode(row, *sequence)[0]) for sequence in sequences)
+        except MediaError as error:
+            raise BadRecord(str(error)) from error
+        if self._max_tokens is not None and tokens > self._max_tokens:
+            raise BadRecord(f"it has {tokens} tokens, more than max_tokens {self._max_tokens}")
         return len(sequences)
 
     def _prompt(self, raw: dict[str, Any]) -> str | list[Message]:
@@ -139,11 +197,14 @@ class SupervisedSet(Dataset):
             raise BadRecord(f"{key!r} must be text that is not empty")
         return value
 
-    def _refuse_media(self, raw: dict[str, Any], messages: list[Message]) -> None:
-        columns = [kind for kind in PART_OF if raw.get(kind)]
-        parts = [message for message in messages if not isinstance(message["content"], str)]
+    def _media_of(self, raw: dict[str, Any], text: str | list[Message]) -> Media:
+        if self._media is not None:
+            return media_of(raw, text, self._source, self._folder)
+        columns = [key for key in self._source.keys_of_media.values() if raw.get(key)]
+        parts = [] if isinstance(text, str) else [one for one in text if not isinstance(one["content"], str)]
         if columns or parts:
-            raise BadRecord("it holds media, which supervised data cannot teach; leave them out")
+            raise BadRecord("it has images, audio or video, but the model reads text alone")
+        return Media()
 
 
 _PARTS: dict[str | None, tuple[str, ...]] = {
@@ -165,12 +226,13 @@ class SupervisedData(LightningDataModule):
         batch_size: sequences of a batch, on each device, as in any DataLoader; a batch is one optimizer step.
         tokens_per_microbatch: most tokens of one forward; the step splits its batch by it, which changes no gradient.
         max_tokens: longer sequences are bad records; none is cut, since a cut one would teach never to end.
-        tokenizer: hub id or folder; ``null`` takes the module's ``tokenizer``.
+        tokenizer: hub id or folder of the tokenizer, or of the processor around it, with which images and audio are
+            read; ``null`` takes the module's ``processor`` or ``tokenizer``.
         chat_template: apply the tokenizer's chat template, ``prompt`` and ``response`` then being turns; ``null`` does
             when it has one, ``false`` joins prompt, response and the end of sequence token as raw text.
         on_bad_record: ``raise`` before training, or ``skip`` those records and warn with their number and the first
             three reasons.
-        num_workers: processes that tokenize; 0 is the training process itself.
+        num_workers: processes that tokenize and read media; 0 is the training process itself.
         seed: seed of the order, which depends on it and the epoch alone; ``null`` takes that of ``seed_everything``.
 
     Attributes:
@@ -265,22 +327,24 @@ class SupervisedData(LightningDataModule):
         return self.test_dataloader()
 
     def _load(self, source: SupervisedSource) -> SupervisedSet:
-        chat = Chat.of(self._tokenizer(), self.chat_template)
-        loaded = SupervisedSet(source, chat, self.max_tokens, self.on_bad_record)
+        processor = self._processor()
+        chat, media = Chat.of(processor, self.chat_template), MediaProcessor.of(processor)
+        loaded = SupervisedSet(source, chat, media, self.max_tokens, self.on_bad_record)
         self.bad_records += loaded.bad_records
         if self.trainer is None or self.trainer.is_global_zero:
             warn_of_skipped(source.name, loaded.bad_records)
         return loaded
 
-    def _tokenizer(self) -> Any:
+    def _processor(self) -> Any:
         if self.tokenizer is not None:
-            from transformers import AutoTokenizer
+            from transformers import AutoProcessor
 
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        tokenizer = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
-        if tokenizer is None:
+            return AutoProcessor.from_pretrained(self.tokenizer)  # a tokenizer, where there is nothing around it
+        module = self.trainer and self.trainer.lightning_module
+        found = getattr(module, "processor", None) or getattr(module, "tokenizer", None)
+        if found is None:
             raise RuntimeError("There is no tokenizer: set data.tokenizer, or train a module that has one.")
-        return tokenizer
+        return found
 
     def _loader(self, data: Dataset, sampler: DistributedSampler | None = None) -> DataLoader:
         return DataLoader(

@@ -14,7 +14,7 @@ Segment = tuple[str, bool]
 """Text, and whether it is learned."""
 
 
-def conversation(messages: list[Message], chat: Chat) -> list[list[Segment]]:
+def conversation(messages: list[Message], chat: Chat) -> list[tuple[int, list[Segment]]]:
     """Cut a conversation into segments such that every assistant turn is learned as it is generated.
 
     What precedes a turn is what the model is given at inference: the template over the messages before it, with the
@@ -23,7 +23,8 @@ def conversation(messages: list[Message], chat: Chat) -> list[list[Segment]]:
     sequence of its own.
 
     Returns:
-        Sequences in the order of their last turns, each a list of segments that joined are the rendered text.
+        Sequences in the order of their last turns: how many of the messages each shows, and a list of segments that
+        joined are the rendered text.
 
     Raises:
         BadRecord: no assistant turn, one that nothing precedes, or a template that does not render turns in order.
@@ -33,14 +34,15 @@ def conversation(messages: list[Message], chat: Chat) -> list[list[Segment]]:
         raise BadRecord("it has no assistant turn to learn")
     if turns[0] == 0:
         raise BadRecord("it begins with an assistant turn, which answers nothing")
-    sequences: list[tuple[str, list[tuple[int, int]]]] = []
+    sequences: list[tuple[int, str, list[tuple[int, int]]]] = []
     for turn in reversed(turns):
         start, text = _turn(messages[: turn + 1], chat)
-        if sequences and sequences[0][0].startswith(text) and len(text) <= sequences[0][1][0][0]:
-            sequences[0][1].insert(0, (start, len(text)))
+        _, longer, spans = sequences[0] if sequences else (0, "", [])
+        if longer.startswith(text) and len(text) <= spans[0][0]:
+            spans.insert(0, (start, len(text)))
         else:
-            sequences.insert(0, (text, [(start, len(text))]))
-    return [_segments(text, spans) for text, spans in sequences]
+            sequences.insert(0, (turn + 1, text, [(start, len(text))]))
+    return [(shown, _segments(text, spans)) for shown, text, spans in sequences]
 
 
 def encode(segments: list[Segment], chat: Chat) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,11 @@ class MediaProcessor:
             if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
                 self._tokens[kind], self._ids[kind] = token, index
 
+    @classmethod
+    def of(cls, processor: Any) -> MediaProcessor | None:
+        """For what a model's prompts are read with; ``None`` for a tokenizer alone, which reads text."""
+        return cls(processor) if hasattr(processor, "tokenizer") else None
+
     @property
     def kinds(self) -> frozenset[str]:
         """Of media that are read, as :class:`~lightrft.samples.Media` names them."""
@@ -126,6 +131,24 @@ class MediaProcessor:
         ids = torch.cat([piece.token_ids for piece in pieces])
         return Reading(ids, types, [item for own in items.values() for item in own])
 
+    def expand(self, mask: Tensor, token_ids: Tensor, reading: Reading) -> Tensor:
+        """What is said of a prompt's tokens, said of its reading's: ``False`` on what the items became.
+
+        Args:
+            mask: bool ``[P]``.
+            token_ids: int64 ``[P]``, the prompt's.
+            reading: what :meth:`read` made of it.
+
+        Returns:
+            bool ``[L]``.
+        """
+        counts, of_text = torch.ones_like(token_ids), torch.ones_like(mask)
+        for kind, index in self._ids.items():
+            sizes = [len(item.token_ids) for item in reading.items if item.kind == kind]
+            counts[token_ids == index] = torch.tensor(sizes, dtype=counts.dtype)
+            of_text[token_ids == index] = False
+        return (mask & of_text).repeat_interleave(counts)
+
     def _pieces(self, token_ids: Tensor, items: dict[str, list[MediaItem]]) -> Iterator[MediaItem]:
         """Items, each where its placeholder stands, and the text between them."""
         waiting = {self._ids[kind]: iter(own) for kind, own in items.items()}
@@ -149,7 +172,10 @@ class MediaProcessor:
     def _decoded(self, kind: str, reference: Any) -> Any:
         if kind == "images":
             return image(reference)
-        return audio(reference, self._rate).numpy(), self._rate
+        heard = getattr(self._processor, "audio_processor", None) or self._processor.feature_extractor
+        rate, longest = int(heard.sampling_rate), getattr(heard, "n_samples", None)
+        # Whisper's extractor, Qwen2-Audio's too, cuts what is longer and does not say so.
+        return audio(reference, rate, *([] if longest is None else [longest])).numpy(), rate
 
     def _item(self, kind: str, reference: Any) -> MediaItem:
         decoded = self._decoded(kind, reference)
@@ -166,8 +192,3 @@ class MediaProcessor:
             token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(_PER_TOKEN)},
             features={name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)},
         )
-
-    @property
-    def _rate(self) -> int:
-        heard = getattr(self._processor, "audio_processor", None) or self._processor.feature_extractor
-        return int(heard.sampling_rate)

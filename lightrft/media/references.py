@@ -7,7 +7,7 @@ import binascii
 import io
 import os
 import re
-import warnings
+import stat
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -20,6 +20,11 @@ _DATA_URI = re.compile(r"data:[^,]*?(?P<base64>;base64)?,(?P<data>.*)", re.DOTAL
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 # Of one channel, and the colours of others: what an 8-bit RGB image can hold. Deeper ones would be clipped.
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+# Not all that Pillow opens: for some it starts other programs.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_LONGEST_SIDE = 200  # shorter sides: processors that resize by the shorter one would fill the memory
+_LARGEST = 2**28  # bytes of a file, and samples of a sound: more than four hours at 16 kHz
+_RATES = range(1000, 768_001)  # samples a second
 
 
 class MediaError(ValueError):
@@ -33,46 +38,51 @@ def image(reference: Any) -> Any:
         reference: a path, the bytes of a file, a data URI, or a ``PIL`` image.
 
     Raises:
-        MediaError: it cannot be read, or holds more than 8 bits a channel, or several frames.
+        MediaError: it cannot be read, holds more than 8 bits a channel or several frames, or is too large, too long and
+            thin, or without pixels.
         ImportError: Pillow is not installed.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ImportError(f"Images need Pillow ({error}); pip install 'lightning-rft[vision]'.") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened: Any = reference if isinstance(reference, Image.Image) else Image.open(_file(reference))
-            # Phones write previews and depth maps behind a photograph, as MPO.
-            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
-                raise MediaError(f"it has {opened.n_frames} frames; give the one that is meant")
-            if opened.mode not in _MODES:
-                raise MediaError(f"its mode is {opened.mode}, deeper than 8 bits a channel; convert it to RGB")
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            if "transparency" in upright.info or upright.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-                coloured = upright.convert("RGBA")
-                white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-                return Image.alpha_composite(white, coloured).convert("RGB")
-            return upright.convert("RGB")
+        given = isinstance(reference, Image.Image)
+        opened: Any = reference if given else Image.open(_file(reference), formats=_FORMATS)
+        width, height = opened.size
+        _check_size(width, height, Image.MAX_IMAGE_PIXELS)
+        # Phones write previews and depth maps behind a photograph, as MPO.
+        if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
+            raise MediaError(f"it has {opened.n_frames} frames; give the one that is meant")
+        if opened.mode not in _MODES:
+            raise MediaError(f"its mode is {opened.mode}, deeper than 8 bits a channel; convert it to RGB")
+        opened.load()
+        upright = ImageOps.exif_transpose(opened)
+        if "transparency" in upright.info or upright.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+            coloured = upright.convert("RGBA")
+            white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, coloured).convert("RGB")
+        return upright.convert("RGB")
     except MediaError:
         raise
+    except UnidentifiedImageError as error:
+        raise MediaError(f"it is no image of a kind that is read: {', '.join(_FORMATS)}") from error
     # Decoders raise what they like on broken files: SyntaxError, struct.error, a bomb's own.
     except Exception as error:
         raise MediaError(f"{type(error).__name__}: {error}") from error
 
 
-def audio(reference: Any, rate: int) -> Tensor:
+def audio(reference: Any, rate: int, most: int = _LARGEST) -> Tensor:
     """The sound that a reference stands for: float32 ``[N]`` at ``rate`` samples a second, its channels averaged.
 
     Args:
         reference: a path, the bytes of a file, a data URI, or samples ``[N]`` with their rate, ``(samples, rate)``.
             WAV files with whole numbers are read by the standard library, all others by ``soundfile``.
         rate: what the model hears.
+        most: the largest ``N`` that it hears.
 
     Raises:
-        MediaError: it cannot be read, is empty, or not finite.
+        MediaError: it cannot be read, is empty, not finite, longer than the model hears, or of a rate that is none.
         ImportError: ``soundfile`` is needed and not installed.
     """
     try:
@@ -85,8 +95,12 @@ def audio(reference: Any, rate: int) -> Tensor:
         raise MediaError(f"its samples have shape {list(samples.shape)}; they must be one channel, not empty")
     if not bool(samples.isfinite().all()):
         raise MediaError("it has samples that are not finite")
-    if own_rate < 1:
-        raise MediaError(f"its rate is {own_rate}; it must be at least 1 sample a second")
+    if own_rate not in _RATES:
+        raise MediaError(f"its rate is {own_rate}; it must be {_RATES[0]} to {_RATES[-1]} samples a second")
+    if len(samples) * rate > most * own_rate:
+        raise MediaError(
+            f"it lasts {len(samples) / own_rate:.2f} s, but {most / rate:g} s are heard at most; shorten it"
+        )
     return resampled(samples, own_rate, rate)
 
 
@@ -115,23 +129,46 @@ def _samples(reference: Any) -> tuple[Tensor, int]:
             f"Audio other than WAV with whole numbers needs soundfile ({error}); pip install 'lightning-rft[audio]'."
         ) from error
     file.seek(0)
-    samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    return torch.from_numpy(samples).mean(1), int(rate)
+    with soundfile.SoundFile(file) as opened:
+        if opened.frames * opened.channels > _LARGEST:
+            raise MediaError(f"it has {opened.frames} samples in {opened.channels} channels, too many to decode")
+        return torch.from_numpy(opened.read(dtype="float32", always_2d=True)).mean(1), int(opened.samplerate)
+
+
+def _check_size(width: int, height: int, most: int | None) -> None:
+    if width * height == 0:
+        raise MediaError(f"it has {width} x {height} pixels, none at all")
+    if most is not None and width * height > most:
+        raise MediaError(f"it has {width} x {height} pixels, a decompression bomb; Pillow's limit is {most}")
+    if max(width, height) > _LONGEST_SIDE * min(width, height):
+        raise MediaError(f"it has {width} x {height} pixels, an aspect ratio above {_LONGEST_SIDE}")
 
 
 def _file(reference: Any) -> io.BytesIO:
     """All bytes of a reference."""
+    data = _bytes(reference)
+    if not data:
+        raise MediaError("it is empty, without a byte")
+    return io.BytesIO(data)
+
+
+def _bytes(reference: Any) -> bytes | bytearray:
     if isinstance(reference, (bytes, bytearray)):
-        return io.BytesIO(reference)
+        return reference
     if not isinstance(reference, (str, os.PathLike)):
         raise MediaError(f"a {type(reference).__name__} is no reference; give a path, bytes or a data URI")
     name = os.fspath(reference)
     if isinstance(name, str) and name.startswith("data:"):
-        return io.BytesIO(_inside(name))
+        return _inside(name)
     if isinstance(name, str) and _URL.match(name):
         raise MediaError("URLs are not fetched; download the file and give its path")
+    found = os.stat(name)
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for who writes, and a device has no end
+        raise MediaError("it is a folder, a pipe or a device; give a file")
+    if found.st_size > _LARGEST:
+        raise MediaError(f"the file has {found.st_size} bytes; {_LARGEST} are read at most")
     with open(name, "rb") as file:
-        return io.BytesIO(file.read())
+        return file.read(found.st_size)
 
 
 def _inside(uri: str) -> bytes:

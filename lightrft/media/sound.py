@@ -8,9 +8,10 @@ import wave
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, pad
+from torch.nn.functional import pad
 
 _ZERO_CROSSINGS = 16  # of the windowed sinc, on either side
+_AT_ONCE = 2**16  # new samples: what each is made of takes hundreds of times its memory
 _ROLLOFF = 0.95  # of the lower Nyquist frequency; the window needs the rest to fall off
 
 
@@ -20,15 +21,17 @@ def from_wav(file: io.BytesIO) -> tuple[Tensor, int] | None:
     ``None`` when it is something else.
 
     Raises:
-        ValueError: the file ends before its samples do.
+        ValueError: the file is broken, or ends before its samples do.
     """
     try:
         with wave.open(file) as opened:
             width, channels, rate = opened.getsampwidth(), opened.getnchannels(), opened.getframerate()
             count = opened.getnframes()
             frames = bytearray(opened.readframes(count))
-    except (wave.Error, EOFError):
-        return None
+    except (wave.Error, EOFError) as error:
+        if file.getvalue()[:4] != b"RIFF" or str(error).startswith("unknown"):  # format: floats, say
+            return None
+        raise ValueError(f"a broken WAV file ({error or 'it ends in its header'})") from error
     if len(frames) < count * width * channels:
         raise ValueError(f"the file ends after {len(frames) // (width * channels)} of its {count} samples")
     if count == 0:
@@ -46,15 +49,20 @@ def resampled(samples: Tensor, rate: int, wanted: int) -> Tensor:
         return samples
     common = math.gcd(rate, wanted)
     old, new = rate // common, wanted // common
-    cutoff = _ROLLOFF * min(old, new)  # in half periods for each `old` samples
-    reach = math.ceil(_ZERO_CROSSINGS * old / cutoff)
-    # Where the taps lie, seen from each new sample, in units of `old` samples.
-    taps = torch.arange(-reach, reach + old, dtype=torch.float64)[None] / old
-    at = (taps - torch.arange(new, dtype=torch.float64)[:, None] / new) * cutoff
-    window = torch.cos(at.clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS) * math.pi / (2 * _ZERO_CROSSINGS)).square()
-    filters = (torch.sinc(at) * window * cutoff / old).to(samples.dtype)
-    phases = conv1d(pad(samples[None, None], (reach, reach + old)), filters[:, None], stride=old)
-    return phases[0].t().reshape(-1)[: math.ceil(len(samples) * new / old)].contiguous()
+    cutoff = _ROLLOFF * min(1.0, wanted / rate)  # in half periods for each old sample
+    reach = math.ceil(_ZERO_CROSSINGS / cutoff)
+    taps = torch.arange(-reach, reach + 2, dtype=torch.float64)  # where they lie, seen from the old sample before
+    count = math.ceil(len(samples) * new / old)
+    windows = pad(samples, (reach, reach + old + 1)).unfold(0, len(taps), 1)
+    found = samples.new_empty(count)
+    for phase in range(min(new, count)):
+        before, rest = divmod(phase * old, new)
+        at = (taps - rest / new) * cutoff
+        window = torch.cos(at.clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS) * math.pi / (2 * _ZERO_CROSSINGS)).square()
+        taken = (torch.sinc(at) * window * cutoff).to(samples.dtype)
+        heard = windows[before::old][: len(range(phase, count, new))]
+        found[phase::new] = torch.cat([part @ taken for part in heard.split(_AT_ONCE)])
+    return found
 
 
 def _whole_numbers(raw: Tensor, width: int) -> Tensor:

@@ -232,7 +232,7 @@ def _input_embeddings(module: nn.Module) -> list[nn.Embedding]:
     for part in module.modules():
         ask: Any = getattr(part, "get_input_embeddings", None)
         if ask is not None:
-            with suppress(NotImplementedError):  # a tower may have none
+            with suppress(NotImplementedError):  # a tower has none
                 found[ask()] = None
     return [part for part in found if isinstance(part, nn.Embedding)]
 

@@ -78,10 +78,8 @@ def test_the_system_prompt_comes_first_and_the_records_own_follows_it(chat_token
 def test_a_chat_template_is_applied_unless_it_is_switched_off(
     chat_template: bool | None, chat_tokenizer: Any, write: Write
 ) -> None:
-    raw = chat_template is False
-    expected = "q <image> " if raw else "[user]q {image} <eos>\n[assistant]"
-    path = write([{"input": "q <image> ", "images": "data:,x"}])
-    assert texts(chat_tokenizer, path, chat_template=chat_template) == [expected]
+    expected = "q " if chat_template is False else "[user]q <eos>\n[assistant]"
+    assert texts(chat_tokenizer, write([{"input": "q "}]), chat_template=chat_template) == [expected]
 
 
 def test_raw_text_is_used_where_the_tokenizer_has_no_template(tiny_tokenizer: Any, write: Write) -> None:
@@ -122,27 +120,6 @@ def test_the_opening_token_comes_once_with_a_template_and_the_closing_never(tiny
     tiny_tokenizer.chat_template = "<pad>{{ messages[0].content }}"
     (templated,) = loaded(tiny_tokenizer, val=Source(path)).val_dataloader()
     assert tiny_tokenizer.decode(templated.token_ids) == "<pad>hi"
-
-
-def test_placeholders_become_the_parts_that_multimodal_templates_take(chat_tokenizer: Any, write: Write) -> None:
-    messages = [
-        {"role": "user", "content": "<image>first<image>"},
-        {"role": "assistant", "content": "no media"},
-        {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "and<image>"}]},
-    ]
-    path = write([{"input": messages, "images": ["data:,1", "data:,2", "data:,3"], "audios": "data:,a"}])
-    (prompt,) = loaded(chat_tokenizer, val=Source(path)).val_dataloader()
-    assert prompt.text == (
-        "[user]{image}first{image}<eos>\n[assistant]no media<eos>\n[user]{audio}and{image}<eos>\n[assistant]"
-    )
-    assert (prompt.media.images, prompt.media.audios) == (("data:,1", "data:,2", "data:,3"), ("data:,a",))
-
-
-def test_relative_media_of_a_source_are_beside_its_file(chat_tokenizer: Any, write: Write, tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(b"x")
-    path = write([{"input": "<image>", "images": "x.png"}])
-    (prompt,) = loaded(chat_tokenizer, val=Source(path)).val_dataloader()
-    assert prompt.media.images == (str(tmp_path / "x.png"),)
 
 
 # Bad records

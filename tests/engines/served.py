@@ -51,9 +51,10 @@ class Server:
         rest = [changed.get(before, word) for before, word in itertools.pairwise(words[2:])]
         # Not by the script, which wants a distribution called vllm: the CPU's has another name.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [*command, *rest, "--enforce-eager", *options],
-            env={**os.environ, **wanted, "PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "INFO", **variables},
+            env={**os.environ, **wanted, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "INFO", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

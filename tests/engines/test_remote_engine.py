@@ -104,7 +104,8 @@ class TestRemoteEngine(Served):
 
     def test_a_run_that_takes_the_server_over_has_to_push_and_the_one_before_is_told(self, engine):
         before = engine.generate([prompt(4)], SAMPLING, [[1]])
-        other = started(self.server.url)  # the first one never took its leave
+        VLLMServer(self.server.url, None, 60).ask("/start_weight_update", {"is_checkpoint_format": False})
+        other = started(self.server.url)  # the first one never took its leave, nor finished what it began
         with pytest.raises(EngineError, match="push"):
             other.generate([prompt(4)], SAMPLING, [[1]])
         other.update_weights(world().weights(), 0)
@@ -238,6 +239,7 @@ def described(**changed: Any) -> tuple[int, Any]:
         "architectures": ["Qwen2ForCausalLM"],
         "sizes": {name: getattr(text, name) for name in SIZES},
         "logprobs_mode": "processed_logprobs",
+        "transfer": "lightrft",
         "workers": 1,
     }
     return 200, {"results": [{"answer": served | changed}]}
@@ -253,6 +255,19 @@ EMPTY = 400, {"error": {"message": "Field required"}}
         (
             {"/collective_rpc": (500, {"error": {"message": "no attribute 'lightrft'"}})},
             r"cannot take weights.*no attribute 'lightrft'.*--worker-extension-cls",
+        ),
+        (
+            {"/collective_rpc": described(transfer="nccl")},
+            r"does not take weights.*backend is nccl\).*--weight-transfer-config.backend lightrft",
+        ),
+        (
+            {
+                "/collective_rpc": described(),
+                "/inference/v1/generate": EMPTY,
+                "/wake_up": (200, {}),
+                "/finish_weight_update": (404, {"detail": "Not Found"}),
+            },
+            r"cannot take weights.*/finish_weight_update.*Not Found.*vllm serve",
         ),
         (
             {"/collective_rpc": described(), "/inference/v1/generate": (403, {"error": {"message": "disabled"}})},
@@ -271,7 +286,16 @@ EMPTY = 400, {"error": {"message": "Field required"}}
             r"architectures is \['LlamaForCausalLM'\]",
         ),
     ],
-    ids=["no development mode", "no extension", "no token ids", "raw log-probs", "several workers", "architecture"],
+    ids=[
+        "no development mode",
+        "no extension",
+        "backend",
+        "no endpoints",
+        "no token ids",
+        "raw log-probs",
+        "several workers",
+        "architecture",
+    ],
 )
 def test_a_server_started_otherwise_is_refused_with_what_it_lacks(said, says):
     with answering(said) as url, pytest.raises(EngineError, match=f"(?s){says}"):

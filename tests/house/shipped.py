@@ -40,6 +40,7 @@ FLOORS = {
     "lightrft.module": 3,
     "lightrft.refill": 3,
     "lightrft.scoring": 3,
+    "lightrft.sequence_cost": 3,
     "lightrft.trained": 3,
     "lightrft.trainer": 3,
     "lightrft.verdicts": 3,

@@ -1,12 +1,7 @@
-"""Gradients of one supervised step under Lightning's Trainer for many ways of cutting it; on one rank or by torchrun.
-
-python supervised_cases.py INPUTS OUT.pt
-"""
+"""Gradients of one supervised step under Lightning's Trainer for many ways of cutting it; on one rank or more."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +56,12 @@ def gradient(inputs: Path, ranks: int, budget: int, precision: Any, **options: A
     return trainer.optimizers[0].gradient
 
 
-def main() -> None:
-    inputs, out, ranks = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(1)
-    gradients = {
+def gradients(inputs: Path, ranks: int) -> dict[tuple[str, str], torch.Tensor]:
+    """By (precision, cut)."""
+    found = {
         (precision, name): gradient(inputs, ranks, budget, precision)
         for precision in PRECISIONS
         for name, budget in BUDGETS.items()
     }
-    gradients["clipped", "uneven"] = gradient(inputs, ranks, BUDGETS["uneven"], "64-true", gradient_clip_val=0.01)
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(gradients, out)
-    if ranks > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    found["clipped", "uneven"] = gradient(inputs, ranks, BUDGETS["uneven"], "64-true", gradient_clip_val=0.01)
+    return found

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import supervised_cases
 import torch
+from ranks import on_ranks
 from trainer import tiny_run
 
 from lightrft.data import SupervisedData, SupervisedSource
 from lightrft.lightning_modules import ActorModule
 
-SCRIPT = Path(__file__).with_name("supervised_cases.py")
 CUTS = ("1 micro-batch", "2 micro-batches", "4 micro-batches", "uneven")
 Gradients = dict[tuple[str, str], torch.Tensor]
 
@@ -32,16 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gradients(inputs: Path) -> dict[int, Gradients]:
     """By number of ranks, then by (precision, cut)."""
-    launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]}
-    found = {}
-    for ranks, launcher in launchers.items():
-        out = inputs / f"{ranks}.pt"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])}
-        command = [*launcher, str(SCRIPT), str(inputs), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks] = torch.load(out)
-    return found
+    return {ranks: on_ranks(ranks, supervised_cases.gradients, inputs, ranks)[0] for ranks in (1, 2)}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-6), ("64-true", 1e-10)])

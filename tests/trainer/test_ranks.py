@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from trainer import tiny_run
-from trainer.ranks_driver import CASES
+from trainer.ranks_cases import CASES, run_all
 
-DRIVER = Path(__file__).with_name("ranks_driver.py")
 Runs = dict[int, Path]
 # A rounding difference, and how long ranks wait for each other.
 OF_RANKS = {"weight_sync/mismatch_nats", "balance/busiest_over_mean"}
@@ -22,12 +19,8 @@ OF_RANKS = {"weight_sync/mismatch_nats", "balance/busiest_over_mean"}
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of every case's runs, on one rank and on two."""
     inputs = tiny_run.write_inputs(tmp_path_factory.mktemp("ranks"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(DRIVER.parent), *sys.path])}
-    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]):
-        command = [*launcher, str(DRIVER), str(inputs)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "terminate called" not in done.stderr and "destroy_process_group" not in done.stderr
+    for ranks in (1, 2):
+        on_ranks(ranks, run_all, inputs, ranks)
     return inputs
 
 

@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from lightrft.algorithms import Algorithm
 from lightrft.learner import Learner
-from lightrft.module import RFTModule
 from lightrft.ops import CostModel
 from lightrft.samples import Batch
+from lightrft.sequence_cost import SequenceCost
 from lightrft.strategies import Layout, Roles, make_fabric, sharding_of
 from lightrft.workload import Workload
 
@@ -67,7 +67,7 @@ def _spread(ranks: int, sequence_parallel_size: int, rows: int, trained: int | N
     fabric.launch()
     layout = Layout(ranks, fabric.global_rank, sequence_parallel_size)
     batch = batch_of(fabric.global_rank, rows, trained)
-    work = Workload(batch, CostModel(0.01), BUDGET, layout, sharding_of(fabric))
+    work = Workload(batch, SequenceCost(CostModel(0.01)), BUDGET, layout, sharding_of(fabric))
     # As a model would: something of each token, 0 outside the mask, and a second thing.
     found = [[torch.where(p.response_mask, p.log_probs_old * 2, 0.0), p.values_old] for p in work.micro_batches]
     return Seen(work.micro_batches, work.collect(found), work.busiest_over_mean)
@@ -152,9 +152,9 @@ def test_ranks_that_do_not_divide_into_groups_are_refused() -> None:
 def test_the_cost_is_of_the_actors_shape(family: str, options: dict[str, Any], weights: int) -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
     config = AutoConfig.for_model(family, **shape, **options)
-    actor: Any = SimpleNamespace(transformer=SimpleNamespace(config=config))
+    model: Any = SimpleNamespace(config=config)
     size = getattr(config, "head_dim", None) or 16
-    assert RFTModule(actor).cost_model.attention == pytest.approx(3 * 4 * size / (3 * weights + 64 * 50))
+    assert SequenceCost.of(model).decoder.attention == pytest.approx(3 * 4 * size / (3 * weights + 64 * 50))
 
 
 # --- an update -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lightrft.engines.checked import CheckedEngine
 from lightrft.engines.checkpoint_names import checkpoint_names
 from lightrft.engines.group import EngineGroup
 from lightrft.engines.hot_start import with_hot_start
+from lightrft.engines.server.receiver import TRANSFER
 from lightrft.engines.server.requests import Refused, VLLMServer
 from lightrft.engines.server.weight_channel import Backend, ChannelBroken, WeightChannel, rendezvous
 from lightrft.engines.skeleton import build
@@ -30,7 +31,8 @@ from lightrft.samples import Prompt, Response, Sampling
 Result = TypeVar("Result")
 _START = (
     "start it as docs/engines.md says: VLLM_SERVER_DEV_MODE=1 vllm serve ... --tokens-only --logprobs-mode "
-    "processed_logprobs --worker-extension-cls lightrft.engines.server.receiver.WeightReceiver"
+    "processed_logprobs --worker-extension-cls lightrft.engines.server.receiver.WeightReceiver "
+    f"--weight-transfer-config.backend {TRANSFER}"
 )
 _HOTTEST = 2.0  # temperature that vLLM's servers take
 _LEAVE_SECONDS = 10.0  # that closing waits for a server, which may be dead
@@ -98,6 +100,11 @@ class RemoteEngine(CheckedEngine):
             served: dict[str, Any] = self._server.worker("describe")
         except Refused as error:
             raise EngineError(f"The server cannot take weights ({error}); {_START}.") from error
+        if served["transfer"] != TRANSFER:
+            raise EngineError(
+                f"vLLM at {url} does not take weights from here (its --weight-transfer-config.backend is "
+                f"{served['transfer']}); {_START}."
+            )
         try:
             self._server.ask("/inference/v1/generate")
         except Refused as error:  # as it must be, of an empty request
@@ -240,22 +247,38 @@ class RemoteEngine(CheckedEngine):
             # Requests wait from here on, and what old weights computed is dropped. If this fails, they wait for the
             # next push, as weights that are partly new must not answer.
             self._server.ask("/pause?mode=abort")
-        with self._server.working("receive", channel.place.port) as (watch, finish):
-            try:
-                channel.send(tensors, watch)
-                finish()
-            except BaseException as error:
-                self._disconnect()
-                if isinstance(error, ChannelBroken):
+        try:
+            # Layers are made anew where they must be, inside; vLLM 0.24 would make all of them anew unless told.
+            self._server.ask("/start_weight_update", {"is_checkpoint_format": False})
+            body = {"update_info": {"port": channel.place.port}}
+            with self._server.answering("/update_weights", body) as (watch, finish):
+                try:
+                    channel.send(tensors, watch)
+                except ChannelBroken as error:
                     finish()  # which knows more of it, mostly
                     raise EngineError(f"vLLM at {self._server.url} was lost while it took weights: {error}") from error
-                raise
+                finish()
+            self._server.ask("/finish_weight_update")
+        except BaseException:
+            self._disconnect()
+            raise
         if "cache" not in self._asleep:
             self._server.ask("/resume")
 
     def _connected(self) -> WeightChannel:
+        """The way to the server, where no update is under way any more.
+
+        Raises:
+            EngineError: it has no weight-transfer endpoints, or cannot come here.
+        """
+        try:
+            self._server.ask("/finish_weight_update")
+        except Refused as error:  # as it must be, if none was left unfinished
+            if error.status == 404:
+                raise EngineError(f"The server cannot take weights ({error}); {_START}.") from error
         store, place = rendezvous(self._server.host, self._backend(), self._server.timeout_seconds)
-        with self._server.working("join", *dataclasses.astuple(place)) as (watch, finish):
+        body = {"init_info": dataclasses.asdict(place)}
+        with self._server.answering("/init_weight_transfer_engine", body) as (watch, finish):
             channel = WeightChannel.open(store, place, self._device, watch)
             finish()
         return channel

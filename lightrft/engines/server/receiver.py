@@ -1,13 +1,13 @@
 """What a vLLM server's worker does for :class:`~lightrft.engines.RemoteEngine`: takes weights, and tells of them.
 
-``--worker-extension-cls lightrft.engines.server.receiver.WeightReceiver``
+``--worker-extension-cls lightrft.engines.server.receiver.WeightReceiver --weight-transfer-config.backend lightrft``
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightrft.engines.base import EngineError
 from lightrft.engines.server.weight_channel import ChannelBroken, Place, WeightChannel
 from lightrft.engines.vllm import weights as vllm_weights
 
+TRANSFER = "lightrft"  # what vLLM calls the backend by which weights come here
 # Of a model's config: what must be the actor's.
 SIZES = (
     "num_hidden_layers",
@@ -28,17 +29,47 @@ SIZES = (
 
 
 class WeightReceiver:
-    """Methods that vLLM adds to its worker's; :meth:`lightrft` is called through ``/collective_rpc``."""
+    """What vLLM adds to its worker: a backend of weight-transfer endpoints, and a method for ``/collective_rpc``."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> WeightReceiver:
+        worker = super().__new__(cls)
+        _register(worker)  # before it loads the model, which is when vLLM looks for the backend
+        return worker
 
     def lightrft(self, what: str, arguments: str = "[]") -> dict[str, Any]:
-        """Do ``what`` with a JSON list of arguments: ``{"answer": ...}``, or ``{"error": message}``.
+        """Do ``what`` with a JSON list of arguments."""
+        return {"answer": _ABILITIES[what](self, *json.loads(arguments))}
 
-        vLLM's own answer to an exception would not tell its message in all versions.
-        """
-        try:
-            return {"answer": _ABILITIES[what](self, *json.loads(arguments))}
-        except Exception as error:
-            return {"error": str(error) or type(error).__name__}
+
+def _register(worker: Any) -> None:
+    """Let vLLM's endpoints have ``worker`` take weights. The class is in here, as vLLM tells a backend of no worker."""
+    from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
+
+    @dataclass
+    class Push(WeightTransferUpdateInfo):
+        port: int
+
+    class ChannelTransfer(WeightTransferEngine):
+        init_info_cls, update_info_cls = Place, Push
+
+        def init_transfer_engine(self, init_info: Place) -> None:
+            leave(worker)
+            worker.lightrft_channel = WeightChannel.join(init_info, worker.device)
+
+        def receive_weights(self, update_info: Push, load_weights: Any = None) -> None:
+            receive(worker, update_info.port)
+
+        def start_weight_update(self) -> None:
+            """Nothing: what the channel carries says itself where it ends."""
+
+        finish_weight_update = start_weight_update
+        trainer_send_weights = staticmethod(WeightChannel.send)  # vLLM 0.24 wants to know the other end
+
+        def shutdown(self) -> None:
+            leave(worker)
+
+    WeightTransferEngineFactory.register_engine(TRANSFER, ChannelTransfer)
 
 
 def describe(worker: Any) -> dict[str, Any]:
@@ -53,16 +84,11 @@ def describe(worker: Any) -> dict[str, Any]:
         "max_model_len": model.max_model_len,
         "max_logprobs": model.max_logprobs,
         "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+        "transfer": config.weight_transfer_config and config.weight_transfer_config.backend,
         "sleeps": bool(model.enable_sleep_mode) or not on_gpu,
         "workers": config.parallel_config.world_size_across_dp,
         "gpu": str(torch.cuda.get_device_properties(worker.device).uuid) if on_gpu else None,
     }
-
-
-def join(worker: Any, *place: Any) -> None:
-    """Open the way to the trainer that is at ``place``."""
-    leave(worker)
-    worker.lightrft_channel = WeightChannel.join(Place(*place), worker.device)
 
 
 def leave(worker: Any) -> None:
@@ -90,8 +116,6 @@ def receive(worker: Any, port: int) -> None:
         for _ in tensors:  # the trainer goes on sending
             pass
         raise
-    if worker.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
@@ -111,9 +135,7 @@ _ABILITIES: dict[str, Callable[..., Any]] = {
     "dropped": dropped,
     "fingerprints": fingerprints,
     "in_float8": in_float8,
-    "join": join,
     "kept_together": vllm_weights.kept_together,
     "known_names": vllm_weights.known_names,
     "leave": leave,
-    "receive": receive,
 }

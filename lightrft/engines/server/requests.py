@@ -65,34 +65,30 @@ class VLLMServer:
 
     def worker(self, what: str, *arguments: Any, wait_seconds: float | None = None) -> Any:
         """What :class:`~lightrft.engines.server.receiver.WeightReceiver` answers in the server's worker."""
-        return self.of_worker(self.ask("/collective_rpc", _to_worker(what, arguments), wait_seconds))
-
-    def of_worker(self, said: Any) -> Any:
-        """The answer in what ``/collective_rpc`` said."""
+        body = {"method": "lightrft", "args": [what, json.dumps(arguments)]}
+        said = self.ask("/collective_rpc", body, wait_seconds)
         try:
-            (answer,) = said["results"]
+            (result,) = said["results"]
+            return result["answer"]
         except (TypeError, KeyError, ValueError) as error:
             raise EngineError(f"{self.url} answers /collective_rpc, but not as vLLM does: {said!r:.200}") from error
-        if "error" in answer:
-            raise EngineError(f"vLLM at {self.url}: {answer['error']}")
-        return answer["answer"]
 
     @contextmanager
-    def working(self, what: str, *arguments: Any) -> Iterator[tuple[Callable[[], None], Callable[[], Any]]]:
-        """While its worker does ``what``: a function that raises if it does not any more, and one for its answer."""
-        call = self.call("/collective_rpc", _to_worker(what, arguments))
+    def answering(self, path: str, body: dict[str, Any]) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+        """While it does what ``path`` is for: a function that raises if it does not any more, and one that waits."""
+        call = self.call(path, body)
         with ThreadPoolExecutor(1) as thread:
             future = thread.submit(call.answer)
 
             def watch() -> None:
                 if future.done():
-                    self.of_worker(future.result())
-                    raise EngineError(f"vLLM at {self.url} ended what it was asked to {what} before it got all.")
+                    future.result()
+                    raise EngineError(f"vLLM at {self.url} answered {path} before it got all.")
 
-            def finish() -> Any:
-                if future in wait([future], self.timeout_seconds).done:
-                    return self.of_worker(future.result())
-                raise self.silent(what)
+            def finish() -> None:
+                if future not in wait([future], self.timeout_seconds).done:
+                    raise self.silent(f"answer {path}")
+                future.result()
 
             try:
                 yield watch, finish
@@ -262,10 +258,6 @@ class _Calls:
             left = list(self._open)
         for call in left:
             call.end()
-
-
-def _to_worker(what: str, arguments: Sequence[Any]) -> dict[str, Any]:
-    return {"method": "lightrft", "args": [what, json.dumps(arguments)]}
 
 
 def _message(said: Any) -> str:

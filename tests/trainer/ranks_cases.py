@@ -1,17 +1,11 @@
-"""Tiny runs on as many ranks as torchrun started; their checkpoints and metrics stay under INPUTS/<case>/.
-
-python ranks_driver.py INPUTS
-"""
+"""Tiny runs of every kind on some ranks; their checkpoints and metrics stay under ``inputs/<case>/``."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-import tiny_run
-import torch
+from trainer import tiny_run
 
 from lightrft.algorithms import Algorithm
 
@@ -27,12 +21,10 @@ CASES: dict[str, dict[str, Any]] = {
     "remax": {"algorithm": Algorithm("remax")},
 }
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    inputs, ranks = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
+
+def run_all(inputs: Path, ranks: int) -> None:
+    """Every case, one after the other, on this rank."""
     for case, options in CASES.items():
         model = tiny_run.module(inputs, **options)
-        trainer = tiny_run.trainer(
-            inputs / case / f"ranks-{ranks}", [tiny_run.checkpoints()], model=model, devices=ranks
-        )
-        trainer.fit(model, tiny_run.data(inputs))
+        root = inputs / case / f"ranks-{ranks}"
+        tiny_run.fit(inputs, root, [tiny_run.checkpoints()], model=model, devices=ranks)
