@@ -4,7 +4,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 SGLANG_SITE ?= .venv-sglang
 QUICKSTART_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder # tests/conftest.py puts them in order
 CONSTRAINTS ?= constraints.txt
 
 LINKS = lightrft/callbacks lightrft/lightning_modules

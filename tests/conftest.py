@@ -25,6 +25,14 @@ sys.path.append(str(WITHOUT_CUDA))  # which an engine's own process takes over
 runpy.run_path(str(WITHOUT_CUDA / "sitecustomize.py"))
 torch.set_num_threads(1)
 
+# Begun first, so that at the end of `make test` no worker waits long for another's last file.
+LONGEST = {"test_exact_resume.py", "test_launching.py", "test_resume_elsewhere.py", "test_sharding.py"}
+LONGEST |= {"test_own_process.py", "test_split_invariance.py", "test_sequence_parallel.py", "test_fit.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
 
-DRIVER = Path(__file__).with_name("metrics_driver.py")
+from lightrft.analysis import Metrics
 
 
-def test_two_ranks_with_differing_names_agree_on_the_numbers_of_both(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(DRIVER), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    shown = [child.communicate(timeout=100)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    first, second = (json.loads(text.splitlines()[-1]) for text in shown)
+def add(metrics: Metrics, rank: int) -> None:
+    metrics.mean_and_std("both", torch.tensor([1.0, 2.0, 6.0]) if rank == 0 else torch.tensor([10.0]))
+    metrics.maximum("largest", torch.tensor([5, -1]) if rank == 0 else torch.tensor([7]))
+    if rank == 0:
+        metrics.mean_and_std("a/only_rank_0", torch.tensor([2.0, 4.0]))
+        metrics.maximum("below_zero", -3.0)
+    else:
+        metrics.mean("z/only_rank_1", 8.0)
+    metrics.mean_and_std("empty_on_rank_1", torch.tensor([1.0, 3.0][: 2 - 2 * rank]))
+
+
+def of_both() -> dict[str, float]:
+    dist.init_process_group("gloo")
+    metrics = Metrics()
+    add(metrics, dist.get_rank())
+    return metrics.compute()
+
+
+def test_two_ranks_with_differing_names_agree_on_the_numbers_of_both() -> None:
+    first, second = on_ranks(2, of_both)
     both = np.array([1.0, 2.0, 6.0, 10.0])
     assert (
         first

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
 from lightrft.engines import EngineError, OwnProcess, TransformersEngine
@@ -36,6 +38,11 @@ class TestOwnProcess(EngineContract):
         assert any(tensor.nbytes > 20 * engine.bucket_bytes for tensor in pushed.values())
         engine.update_weights(pushed.items(), 5)
         assert engine.fingerprint(list(pushed)) == {name: fingerprint(tensor) for name, tensor in pushed.items()}
+
+    # Comes after the test above now, which would have to start another.
+    test_closing_twice_is_allowed_and_ends_all_service = (
+        EngineContract.test_closing_twice_is_allowed_and_ends_all_service
+    )
 
 
 @pytest.mark.gpu
@@ -295,35 +302,27 @@ def test_closing_clears_up(run):
     assert not [name for name in set(os.listdir("/dev/shm")) - segments if "lightrft" in name]
 
 
-LEFT_ALONE = """
-import os, sys, torch
-from engines.contract import world
-from engines.scripted_engine import ScriptedEngine
-from lightrft.engines import OwnProcess
-
-engine = OwnProcess(ScriptedEngine())
-engine.start(world().config, world().tokenizer, torch.device("cpu"))
-print(*engine.fingerprint(["os.getpid()", "self.helper.pid", "sys.argv[-1]"]).values(), flush=True)
-if sys.argv[1] == "busy":
-    engine.generate(["print('generating', flush=True); signal.pause()"], None, [[]])
-else:
-    input()
-"""
+def left_alone(sending: Connection, pipe: str | None) -> None:
+    """A trainer that starts an engine, says what it started, and is busy with it until ``pipe`` is written, or idle."""
+    engine = OwnProcess(ScriptedEngine())
+    engine.start(world().config, world().tokenizer, CPU)
+    sending.send(traces(engine))
+    do(engine, f"open_for_reading('{pipe}')") if pipe else threading.Event().wait()
 
 
-@pytest.mark.parametrize("state", ["idle", "busy"])
-def test_it_ends_with_the_trainer_however_that_ends(state):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", LEFT_ALONE, state], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
-    with trainer:
-        assert trainer.stdout is not None
-        pid, helper, folder = trainer.stdout.readline().decode().split()
-        if state == "busy":
-            assert trainer.stdout.readline() == b"generating\n"
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_it_ends_with_the_trainer_however_that_ends(busy, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    receiving, sending = ranks.CONTEXT.Pipe(duplex=False)
+    trainer = ranks.CONTEXT.Process(target=left_alone, args=(sending, str(pipe) if busy else None))
+    trainer.start()
+    sending.close()
+    pid, helper, folder = receiving.recv()
+    with open(pipe, "w") if busy else nullcontext():  # opens when the engine reads
         trainer.kill()
-    assert ends(int(pid)) and ends(int(helper)) and not Path(folder).exists()
+        trainer.join()
+        assert ends(pid) and ends(helper) and not folder.exists()
 
 
 def test_to_ask_the_engine_while_it_takes_weights_is_refused_rather_than_waited_for(run):

@@ -14,13 +14,21 @@ import lightrft
 
 
 def run(code: str, cwd: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cwd)
 
 
 def test_importing_lightrft_alone_imports_no_library():
     child = run("import lightrft, sys; print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))")
     assert (child.returncode, child.stdout) == (0, "[]\n"), child.stderr
+
+
+def test_engines_import_no_transformers_and_strategies_no_deepspeed():
+    child = run(
+        "import sys, lightrft.engines as e; print('transformers' in sys.modules); e.TransformersEngine; dir(e)\n"
+        "import lightrft.strategies; print('deepspeed' in sys.modules)"
+    )
+    assert (child.returncode, child.stdout) == (0, "False\nFalse\n"), child.stderr
 
 
 def test_the_version_is_the_one_of_the_distribution():

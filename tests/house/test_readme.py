@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lightrft.cli import fit
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -23,13 +25,17 @@ def test_the_python_example_runs(quickstart: Path, capsys: pytest.CaptureFixture
     assert 0 <= float(capsys.readouterr().out.split()[-1]) <= 1
 
 
-def test_the_yaml_example_is_accepted_as_it_stands(tmp_path: Path) -> None:
+def test_the_yaml_example_is_accepted_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (example,) = blocks("yaml")
     (tmp_path / "mine.yaml").write_text(example)
-    command = [sys.executable, "-m", "lightrft.cli", "fit", "--config", str(tmp_path / "mine.yaml"), "--print_config"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "class_path: lightrft.engines.TransformersEngine" in done.stdout
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["lightrft"])
+    with pytest.raises(SystemExit) as stopped:
+        fit.main(["fit", "--config", str(tmp_path / "mine.yaml"), "--print_config"])
+    assert stopped.value.code == 0
+    assert "class_path: lightrft.engines.TransformersEngine" in capsys.readouterr().out
 
 
 def test_the_commands_name_files_and_options_that_exist() -> None:

@@ -31,5 +31,5 @@ def test_two_runs_with_one_seed_are_identical(report: dict[str, Any]) -> None:
 
 def test_a_run_killed_at_any_phase_boundary_resumes_bit_by_bit(report: dict[str, Any]) -> None:
     killed = {name: different for name, different in report.items() if name != "determinism"}
-    assert len(killed) == 17 + 4 + 4 * 5
+    assert len(killed) == 13 + 4 + 4 * 5
     assert {name: different for name, different in killed.items() if different} == {}
