@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines.media_worlds import FIRST, VOCABULARY, media_world, png
+from media_worlds import FIRST, VOCABULARY, media_world, png
 from PIL import Image
 from trainer import tiny_run
 
