@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor
 
 from lightrft.callback import RFTCallback
 from lightrft.engines import Engine, EngineError
+from lightrft.media import placeholder_ids
 from lightrft.ops import Fingerprint, Fingerprints, pack
-from lightrft.samples import Prompt, Sampling
+from lightrft.samples import Prompt, Reading, Sampling
 from lightrft.whereabouts import mark
 
 # Longer than two of the blocks in which engines cache prefixes (16 tokens); each is continued a little.
 _PROBE_PROMPTS, _PROBE_TOKENS, _PROBE_NEW_TOKENS = 4, 33, 4
+_TOKENS_WITH_MEDIA = 8
 PROBE = (_PROBE_PROMPTS, _PROBE_TOKENS + _PROBE_NEW_TOKENS, _PROBE_TOKENS + _PROBE_NEW_TOKENS - 1)
 """What the trainer computes for a probe: sequences, tokens and predictions of each."""
 # Nats: twice what an engine with 8-bit weights differs by; beyond it nothing is right, whatever the first sync says.
@@ -32,8 +36,9 @@ class WeightSync(RFTCallback):
 
     The probe has two parts. The fingerprint of every pushed tensor is computed again inside the engine: one skipped or
     half-done update is seen, however small the step. Log-probs of a few fixed tokens, scored, and of some sampled after
-    them are compared with the trainer's: a wrong name, a stale cache or other arithmetic is seen, once it makes more
-    than the tolerance, which is calibrated at the first sync. Both run each time that the engine wakes, pushed to or
+    them, and after a small image or sound where the model takes such, are compared with the trainer's: a wrong name, a
+    stale cache of prefixes or of images, or other arithmetic is seen, once it makes more than the tolerance, which is
+    calibrated at the first sync. Both run each time that the engine wakes, pushed to or
     not: what it held may have been lost while it slept.
 
     Frozen weights travel once, and again where the engine has lost them. They are probed all the same.
@@ -133,16 +138,22 @@ class WeightSync(RFTCallback):
     @torch.no_grad()
     def _compare_log_probs(self, trainer: Any, engine: Any) -> float:
         """Mean absolute difference of the probe tokens' log-probs, in nats: scored or sampled, whichever is larger."""
-        prompts = _probe_prompts(trainer.model)
-        length = len(prompts[0].token_ids)
+        text, model = _probe_prompts(trainer.model), trainer.model
+        prompts = text + _with_media(model)
         sampling, seeds = Sampling(max_new_tokens=_PROBE_NEW_TOKENS), [[0] for _ in prompts]
         drawn = [response for (response,) in engine.generate(prompts, sampling, seeds)]
-        scored = engine.score([prompt.token_ids for prompt in prompts])
-        ours = _log_probs(trainer, [torch.cat([p.token_ids, one.token_ids]) for p, one in zip(prompts, drawn)])
-        of_prompts = torch.cat([row[: length - 1] for row in ours]) - torch.cat(scored)
-        of_drawn = torch.cat([row[length - 1 :] for row in ours]) - torch.cat([one.log_probs for one in drawn])
+        scored = engine.score([prompt.token_ids for prompt in text])
+        readings = model.read(prompts)
+        ours = _log_probs(trainer, readings, [one.token_ids for one in drawn])
+        # Scores are of all tokens; what is sampled is none of the placeholders of media.
+        whole = ours if model.media is None else _log_probs(trainer, model.read(text), [], sampled=False)
+        of_text = [row[: len(prompt.token_ids) - 1] for row, prompt in zip(whole, text)]
+        of_drawn = [row[len(reading.token_ids) - 1 :] for row, reading in zip(ours, readings)]
         # An engine may give up on a request, and on all of them: what it sampled until then counts.
-        differences = {"scored": of_prompts, "sampled": of_drawn}
+        differences = {
+            "scored": torch.cat(of_text) - torch.cat(scored),
+            "sampled": torch.cat(of_drawn) - torch.cat([one.log_probs for one in drawn]),
+        }
         return self._accepted({what: float(rows.abs().mean()) for what, rows in differences.items() if len(rows)})
 
     def _accepted(self, mismatches: dict[str, float]) -> float:
@@ -176,14 +187,18 @@ def _exhaust(tensors: Iterator[Any]) -> None:
         pass
 
 
-def _log_probs(trainer: Any, sequences: list[Tensor]) -> list[Tensor]:
-    """The trainer's, of all tokens but each sequence's first."""
+def _log_probs(
+    trainer: Any, readings: list[Reading], continuations: list[Tensor], sampled: bool = True
+) -> list[Tensor]:
+    """The trainer's, of all tokens of prompts and continuations but each one's first."""
+    pairs = zip_longest(readings, continuations, fillvalue=torch.zeros(0, dtype=torch.int64))
+    sequences = [torch.cat([reading.token_ids, further]) for reading, further in pairs]
     ones = torch.ones(len(sequences), dtype=torch.int64)
     lengths = [len(sequence) - 1 for sequence in sequences]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    packed = pack(sequences, ones, mask).to(trainer.fabric.device)
+    packed = pack(sequences, ones, mask, readings).to(trainer.fabric.device)
     actor = trainer.learner.actor.eval()
-    found, _ = actor(*packed.inputs)
+    found, _ = actor(*packed.inputs, sampled=sampled)
     return list(found.cpu().split(lengths))
 
 
@@ -192,7 +207,17 @@ def _probe_prompts(model: Any) -> list[Prompt]:
     generator = torch.Generator().manual_seed(0)
     shape = (_PROBE_PROMPTS, min(_PROBE_TOKENS, model.context_tokens - _PROBE_NEW_TOKENS))
     ids = torch.randint(len(model.tokenizer), shape, generator=generator)
+    never = torch.tensor(placeholder_ids(model.actor.transformer.config), dtype=torch.int64)
+    ids[torch.isin(ids, never)] = model.tokenizer.eos_token_id
     return [Prompt(f"probe/{number}", token_ids, text="") for number, token_ids in enumerate(ids)]
+
+
+def _with_media(model: Any) -> list[Prompt]:
+    """One with each kind of media that the model takes: the same at every sync, as the text is."""
+    if model.media is None:
+        return []
+    ids = _probe_prompts(model)[0].token_ids[:_TOKENS_WITH_MEDIA]
+    return [replace(model.media.example(ids, [kind]), uid=f"probe/{kind}") for kind in sorted(model.media.kinds)]
 
 
 def _compare_fingerprints(pushed: dict[str, Fingerprint], held: dict[str, Fingerprint], version: int) -> None:

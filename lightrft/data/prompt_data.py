@@ -75,8 +75,8 @@ class PromptData(LightningDataModule):
         """Tell of the run these prompts are for, before :meth:`setup`.
 
         Args:
-            processor: ``PreTrainedTokenizerBase`` of the actor, or the ``ProcessorMixin`` around it, with which the media
-                of every record are read once.
+            processor: ``PreTrainedTokenizerBase`` of the actor, or the ``ProcessorMixin`` around it, which reads the
+                media of every record once.
             seed: the run's seed, of the order in which prompts are drawn.
             rank: which share of the prompts is this process's.
             world_size: number of shares.
