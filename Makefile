@@ -17,7 +17,7 @@ define INSTALL
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: install quickstart test test-vllm test-sglang test-gpu lint format types peers grid balance nightly nightly-seeds nightly-transformers clean learn
+.PHONY: install quickstart quickstart-vision quickstart-audio test test-vllm test-sglang test-gpu lint format types peers grid balance nightly nightly-seeds nightly-transformers clean learn
 
 ## install: the package, editable, in $(VENV); nothing happens when it is there already
 install: $(VENV)/.installed
@@ -31,11 +31,23 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(call INSTALL,.[dev])
-	touch $@ $(VENV)/.installed
+	touch $@ $(VENV)/.installed $(VENV)/.installed-vision
 
 ## quickstart: install and train the example
 quickstart: install
 	$(VENV)/bin/python examples/quickstart/run.py $(QUICKSTART_ARGS)
+
+$(VENV)/.installed-vision: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(call INSTALL,.[vision])
+	touch $@ $(VENV)/.installed
+
+## quickstart-vision, quickstart-audio: the same with questions about images, and about sounds
+# torchvision comes as a CUDA build, which the CPU's torch cannot use: tests/without_cuda makes it importable, and does
+# nothing beside a torch for CUDA. transformers imports it for sounds too, where it is installed.
+quickstart-vision: $(VENV)/.installed-vision
+quickstart-audio: install
+quickstart-vision quickstart-audio:
+	PYTHONPATH=tests/without_cuda $(VENV)/bin/python examples/quickstart/run.py --task $(@:quickstart-%=%) $(QUICKSTART_ARGS)
 
 ## test: the whole suite
 test: $(VENV)/.installed-dev

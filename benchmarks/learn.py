@@ -74,11 +74,12 @@ def start(root: Path, steps: int = 500) -> None:
     if (root / "supervised" / "huggingface" / "config.json").exists():
         return
     sys.path.insert(0, str(QUICKSTART))
+    import arithmetic
     import run
 
-    run.prepare(root, seed=0)
+    arithmetic.write(root, seed=0, short=False)
     write_hard_prompts(root / "hard.jsonl")
-    run.supervised(argparse.Namespace(root=root, seed=0, short=False), {"trainer.max_steps": steps})
+    run.supervised(argparse.Namespace(task="text", root=root, seed=0, short=False), {"trainer.max_steps": steps})
 
 
 def write_hard_prompts(path: Path, count: int = 1000) -> None:

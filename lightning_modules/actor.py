@@ -273,15 +273,13 @@ class ActorModule(LanguageBackbone):
 
         Ranks wait for each other's gradients of every weight, those of a tower too, whatever their own records hold.
         """
-        media = self.media
-        found = frozenset[str]().union(*(one.kinds for one in part.readings if one is not None))
-        missing = media.kinds - found if media is not None else frozenset()
+        read = self.media.kinds if self.media is not None else frozenset()
+        missing = read.difference(*(one.kinds for one in part.readings if one is not None))
         if len(part) and not missing:
             return part
         token = torch.zeros(1, dtype=torch.int64)
-        untrained = media.read(media.example(token, missing)) if media is not None else Reading(token)
-        untrained = untrained.map(lambda tensor: tensor.to(self.device))
-        return part.joined(untrained)
+        least = self.media.read(self.media.example(token, missing)) if self.media is not None else Reading(token)
+        return part.joined(least.map(lambda tensor: tensor.to(self.device)))
 
     def _negative_log_prob(self, packed: Packed) -> Tensor:
         log_probs, _ = self(*packed.inputs)

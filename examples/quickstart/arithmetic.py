@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from world import END, write_lines
 
-# A folder with a Qwen2 configuration is read with Qwen2's tokenizer class, which wants a token of this name.
-END = "<|endoftext|>"
 TOKENS = ["<pad>", END, *"0123456789+="]
 HELD_OUT = 1000
 LESSONS = 40_000
@@ -19,6 +17,19 @@ LESSONS = 40_000
 FORGETS = 0.7
 
 Pair = tuple[int, int]
+
+
+def write(root: Path, seed: int, short: bool) -> str:
+    """Tokenizer, lessons for supervised learning, prompts for reinforcement, held-out prompts; what they are in words.
+
+    ``short`` changes nothing here: all of it is made in a second.
+    """
+    train, held_out = split_pairs(seed)
+    write_tokenizer(root / "tokenizer")
+    write_lessons(root / "lessons.jsonl", train, seed)
+    write_prompts(root / "train.jsonl", train)
+    write_prompts(root / "held_out.jsonl", held_out)
+    return f"{len(train)} training and {len(held_out)} held-out sums"
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -48,14 +59,14 @@ def question(pair: Pair) -> str:
 def write_prompts(path: Path, pairs: Iterable[Pair]) -> None:
     """What reinforcement learning sees: the question, and the reference for the reward alone."""
     records = [{"input": question(p), "reference": str(sum(p)), "label": "exact_match"} for p in pairs]
-    _write(path, records)
+    write_lines(path, records)
 
 
 def write_lessons(path: Path, pairs: list[Pair], seed: int) -> None:
     """What supervised learning sees: questions answered by a teacher who often forgets to carry."""
     rng = random.Random(seed)
     lessons = [rng.choice(pairs) for _ in range(LESSONS)]
-    _write(path, [{"prompt": question(p), "response": str(careless_sum(p, rng))} for p in lessons])
+    write_lines(path, [{"prompt": question(p), "response": str(careless_sum(p, rng))} for p in lessons])
 
 
 def careless_sum(pair: Pair, rng: random.Random) -> int:
@@ -66,8 +77,3 @@ def careless_sum(pair: Pair, rng: random.Random) -> int:
         carry = int(column > 9 and rng.random() >= FORGETS)
         total += column % 10 * place
     return total + 100 * carry
-
-
-def _write(path: Path, records: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -1,7 +1,9 @@
 """The main job on a CPU, from nothing: make data, teach by examples, improve by rewards, show what came of it.
 
-    python examples/quickstart/run.py            # under 8 minutes on 2 cores; `make quickstart` runs this
-    python examples/quickstart/run.py --short    # the same steps, a few iterations each: does everything run?
+    python examples/quickstart/run.py                  # under 8 minutes on 2 cores; `make quickstart` runs this
+    python examples/quickstart/run.py --task vision    # questions about images; `make quickstart-vision`
+    python examples/quickstart/run.py --task audio     # questions about sounds; `make quickstart-audio`
+    python examples/quickstart/run.py --short          # the same steps, a few iterations each: does everything run?
 
 Both trainings are the ``lightrft`` commands printed on the way; nothing here knows more than a user's shell.
 """
@@ -9,6 +11,7 @@ Both trainings are the ``lightrft`` commands printed on the way; nothing here kn
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -16,40 +19,38 @@ import sys
 import time
 from pathlib import Path
 
-import arithmetic
-
 CONFIGS = Path(__file__).parents[2] / "configs"
+# What a task is called in commands and configurations, and the file that makes its world.
+TASKS = {"text": "arithmetic", "vision": "shapes", "audio": "tones"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of everything that is made")
+    parser.add_argument("--task", choices=TASKS, default="text")
+    parser.add_argument("--root", type=Path, help="folder of everything that is made; by default in runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="a few iterations of each step")
     parser.add_argument("--control", action="store_true", help="rewards permuted across prompts: nothing to learn from")
     options = parser.parse_args()
+    options.root = options.root or Path("runs") / f"quickstart{suffix(options.task, '-')}"
     start = time.perf_counter()
-    prepare(options.root, options.seed)
+    made = importlib.import_module(TASKS[options.task]).write(options.root, options.seed, options.short)
+    print(f"{made} under {options.root}")
     supervised(options)
     reinforce(options)
     report(options.root, time.perf_counter() - start)
 
 
-def prepare(root: Path, seed: int) -> None:
-    """Tokenizer, lessons for supervised learning, prompts for reinforcement, held-out prompts."""
-    train, held_out = arithmetic.split_pairs(seed)
-    arithmetic.write_tokenizer(root / "tokenizer")
-    arithmetic.write_lessons(root / "lessons.jsonl", train, seed)
-    arithmetic.write_prompts(root / "train.jsonl", train)
-    arithmetic.write_prompts(root / "held_out.jsonl", held_out)
-    print(f"{len(train)} training and {len(held_out)} held-out sums under {root}")
+def suffix(task: str, mark: str) -> str:
+    """Of names that belong to a task; the text's are plain."""
+    return "" if task == "text" else f"{mark}{task}"
 
 
 def supervised(options: argparse.Namespace, further: dict[str, object] | None = None) -> None:
     root = options.root
     overrides = {
         "seed_everything": options.seed,
-        "model.tokenizer": root / "tokenizer",
+        **untrained(options.task, root),
         "data.train.path": root / "lessons.jsonl",
         "trainer.default_root_dir": root / "supervised",
         "trainer.logger.init_args.save_dir": root / "supervised",
@@ -57,7 +58,12 @@ def supervised(options: argparse.Namespace, further: dict[str, object] | None = 
     }
     if options.short:
         overrides["trainer.max_steps"] = 20
-    lightrft("supervised fit", "quickstart_supervised.yaml", overrides | (further or {}))
+    lightrft("supervised fit", configs(options.task, "_supervised"), overrides | (further or {}))
+
+
+def untrained(task: str, root: Path) -> dict[str, object]:
+    """Text's model is a configuration with a tokenizer; the others are a folder."""
+    return {"model.tokenizer": root / "tokenizer"} if task == "text" else {"model.model": root / "untrained"}
 
 
 def reinforce(options: argparse.Namespace) -> None:
@@ -73,12 +79,19 @@ def reinforce(options: argparse.Namespace) -> None:
         overrides |= {"trainer.max_iterations": 3, "trainer.limit_val_prompts": 100}
     if options.control:
         overrides["trainer.callbacks+"] = "permuted_rewards.PermutedRewards"
-    lightrft("fit", "quickstart.yaml", overrides)
+    lightrft("fit", configs(options.task), overrides)
 
 
-def lightrft(command: str, config: str, overrides: dict[str, object]) -> None:
+def configs(task: str, step: str = "") -> list[str]:
+    """The text's configuration of a step, and over it what the task has otherwise."""
+    return list(dict.fromkeys(f"quickstart{suffix(one, '_')}{step}.yaml" for one in ("text", task)))
+
+
+def lightrft(command: str, configs: list[str], overrides: dict[str, object]) -> None:
     """Run a ``lightrft`` command and stop with it where it fails."""
-    arguments = [*command.split(), "--config", str(CONFIGS / config)]
+    arguments = command.split()
+    for config in configs:
+        arguments += ["--config", str(CONFIGS / config)]
     arguments += [f"--{key}={value}" for key, value in overrides.items()]
     print("\n$ lightrft " + " ".join(arguments), flush=True)
     here = Path(__file__).parent

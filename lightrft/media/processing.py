@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -180,7 +181,9 @@ class MediaProcessor:
     def _item(self, kind: str, reference: Any) -> MediaItem:
         decoded = self._decoded(kind, reference)
         given = {"images": [decoded]} if kind == "images" else {"audio": [decoded[0]], "sampling_rate": decoded[1]}
-        made = dict(self._processor(text=[self._tokens[kind]], add_special_tokens=False, return_tensors="pt", **given))
+        with _in_float32():
+            text = [self._tokens[kind]]
+            made = dict(self._processor(text=text, add_special_tokens=False, return_tensors="pt", **given))
         token_ids = made.pop("input_ids")[0]
         if kind == "audios" and len(token_ids) < 2:
             # Of single tokens Qwen2-Audio thinks that they were not expanded, and puts in more.
@@ -192,3 +195,14 @@ class MediaProcessor:
             token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(_PER_TOKEN)},
             features={name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)},
         )
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """As processors compute; inside a trainer's step new tensors may have its precision, which theirs do not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -57,6 +57,22 @@ def test_what_supervised_training_exports_is_what_reinforcement_starts_from(
     assert all(bool(torch.isfinite(tensor).all()) for tensor in after.values())
 
 
+def test_a_vision_model_that_code_made_learns_from_yaml(tmp_path: Path, config: dict[str, Any]) -> None:
+    tiny_run.write_media_lessons(tmp_path, "qwen2_5_vl")
+    config["model"] = {"model": str(tmp_path / "model")}
+    config["data"] = {"train": {"path": str(tmp_path / "lessons.jsonl")}, "tokens_per_microbatch": 40, "num_workers": 1}
+    supervised.main(["fit", "--config", small_config.written(tmp_path / "supervised.yaml", config)])
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    before, after = (
+        dict(AutoModelForImageTextToText.from_pretrained(folder).named_parameters())
+        for folder in (tmp_path / "model", tmp_path / "taught")
+    )
+    assert before.keys() == after.keys()
+    assert all(0 < float((after[name] - before[name]).detach().abs().max()) < 1e-5 for name in before)
+    assert AutoProcessor.from_pretrained(tmp_path / "taught").image_processor is not None
+
+
 def test_a_mistyped_option_fails_with_its_name(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

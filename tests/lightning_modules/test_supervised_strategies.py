@@ -118,3 +118,22 @@ def test_what_the_strategy_cannot_do_is_refused(inputs: Path) -> None:
     for sizes, predicting in ranks.on_ranks(2, refused, inputs):
         assert "tensor_parallel_size=2" in sizes and "set data_parallel_size=2 and tensor_parallel_size=1" in sizes
         assert predicting == "predict does not run under ModelParallelStrategy; use strategy ddp, or one device."
+
+
+def trained_with_an_image(folder: Path, devices: int) -> dict[str, torch.Tensor]:
+    """Three steps over lessons of which one has images: on two ranks, one of them sees none."""
+    module = ActorModule(str(folder / "model"), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    source = SupervisedSource(path=str(folder / "lessons.jsonl"))
+    data = SupervisedData(train=source, batch_size=8 // devices, tokens_per_microbatch=30)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    strategy = "ddp" if devices > 1 else "auto"
+    pl.Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_steps=3, **quiet).fit(module, data)
+    return {name: weight.detach().clone() for name, weight in module.named_parameters()}
+
+
+def test_a_rank_without_images_keeps_step_with_one_that_has_some(tmp_path: Path) -> None:
+    tiny_run.write_media_lessons(tmp_path, "qwen2_5_vl", counts=(2, 0, 0, 0, 0, 0, 0, 0))
+    (alone,) = ranks.on_ranks(1, trained_with_an_image, tmp_path, 1)
+    for found in ranks.on_ranks(2, trained_with_an_image, tmp_path, 2):
+        for name, weight in alone.items():
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)

@@ -191,6 +191,24 @@ def write_lessons(folder: Path) -> None:
     (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
 
 
+def write_media_lessons(folder: Path, family: str, counts: tuple[int, ...] = (1, 1, 2, 1, 1, 0, 1, 0)) -> None:
+    """A model that sees or hears in ``model``, and ``lessons.jsonl``, each with so many images or sounds."""
+    from engines.media_worlds import media_world
+
+    world = media_world(family)
+    world.model.save_pretrained(folder / "model")
+    world.processor.save_pretrained(folder / "model")
+    placeholder, lessons = f"<{world.kind[:-1]}>", []
+    for i, count in enumerate(counts):
+        files = [folder / f"{i}-{index}" for index in range(count)]
+        for index, file in enumerate(files):
+            file.write_bytes(world.reference(i + index))
+        prompt = "".join(f"[{i}]{placeholder}" for _ in files) + f"[{i + 1}]"
+        response = "".join(f"[{2 * i + step}]" for step in range(1 + i % 4))
+        lessons.append({"prompt": prompt, "response": response, world.kind: [file.name for file in files]})
+    (folder / "lessons.jsonl").write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
+
+
 def checkpoints(**options: Any) -> RFTCheckpoint:
     return RFTCheckpoint(**{"every_n_iterations": 1, **options})
 
