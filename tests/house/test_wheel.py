@@ -25,7 +25,7 @@ print(json.dumps(where))
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "without_cuda")}
     child = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment)
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
     return child.stdout
