@@ -46,7 +46,11 @@ def import_without(absent: set[str], modules: list[str], folder: Path) -> dict[s
     """Import modules with no CUDA device and without the distributions named; module -> traceback, of failures only."""
     names = [name for name, owners in packages_distributions().items() if {normalized(one) for one in owners} <= absent]
     names = sorted({name for name in names if name not in sys.stdlib_module_names and not name.startswith("_")})
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+    }
     child = subprocess.run(
         [sys.executable, "-c", _CHILD, json.dumps([sorted(absent), names, modules])],
         capture_output=True,
