@@ -117,9 +117,7 @@ MEDIA = {"gsm8k": [], "geo3k": ["images"], "audio_qa": ["audios"]}
         "audio_qa",
     ],
 )
-def test_a_ready_configuration_runs_on_what_its_script_prepares(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_ready_configuration_runs_on_what_its_script_prepares(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor, template = EXAMPLES[name](monkeypatch)
     model.save_pretrained("stand_in")
     monkeypatch.setattr(processor, "chat_template", template)

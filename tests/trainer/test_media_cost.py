@@ -27,6 +27,7 @@ from lightrft.module import RFTModule
 from lightrft.ops import CostModel, pack
 from lightrft.rewards import RewardInput
 from lightrft.samples import Batch, Media, Prompt, Response, Rollout, Sampling
+from lightrft.sequence_cost import SequenceCost
 from lightrft.strategies import Layout, make_fabric, sharding_of
 from lightrft.workload import Workload
 
@@ -145,7 +146,7 @@ def test_host_memory_is_flat_over_200_iterations_of_fresh_images() -> None:
         for iteration in range(1, 201):
             samples = rollout(iteration, [picture(3 * iteration + i) for i in range(3)])
             batch = Batch.from_rollout(samples, [media.read(prompt) for prompt in samples.prompts])
-            work = Workload(batch, CostModel(0.01), 60, Layout(1, 0), sharding, media)
+            work = Workload(batch, SequenceCost(CostModel(0.01)), 60, Layout(1, 0), sharding, media)
             for part in work.micro_batches:
                 packed = pack(part.sequences, part.prompt_lengths, part.response_mask, part.readings)
                 assert packed.media["pixel_values"].shape[1:] == (3, 56, 56)
