@@ -154,9 +154,9 @@ class SupervisedSet(Dataset):
         media = self._media_of(raw, messages)
         if not self._chat.templated:
             raise BadRecord("messages need a chat template; use a chat tokenizer, or records of prompt and response")
-        spelled: Any = as_parts(messages, media)
-        sequences = conversation(spelled, self._chat)
-        return [(segments, shown(spelled[:messages_shown], media)) for messages_shown, segments in sequences]
+        in_parts: Any = as_parts(messages, media)
+        sequences = conversation(in_parts, self._chat)
+        return [(segments, shown(in_parts[:messages_shown], media)) for messages_shown, segments in sequences]
 
     def _encode(self, row: int, segments: list[Segment], media: Media) -> Lesson:
         ids, mask = self._tokens(segments)
