@@ -69,11 +69,15 @@ class MediaProcessor:
         return tuple(self._ids.values())
 
     def example(self, token_ids: Tensor, kinds: Iterable[str]) -> Prompt:
-        """A prompt of these tokens and one small item of each of the kinds."""
+        """A prompt of these tokens and, after the first, one small item of each of the kinds.
+
+        Not at the end: ``generate`` goes on from the position of a prompt's last token on each axis, which for an
+        image's last one is not where the image ends.
+        """
         kinds = sorted(kinds)
         placeholders = torch.tensor([self._ids[kind] for kind in kinds], dtype=torch.int64)
         media = Media(**{kind: (_SMALLEST[kind](),) for kind in kinds})
-        return Prompt("example", torch.cat([token_ids, placeholders]), text="", media=media)
+        return Prompt("example", torch.cat([token_ids[:1], placeholders, token_ids[1:]]), text="", media=media)
 
     def spelled(self, text: str, media: Media) -> str:
         """Raw text with the model's own placeholders in place of ``<image>`` and ``<audio>``, of kinds it has."""
