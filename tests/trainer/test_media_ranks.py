@@ -79,7 +79,7 @@ def _run(folder: str, ranks: int, strategy: str) -> Run:
         learner.prepare(batch, 1.0, LONGEST, len(batch))
         learner.update(batch, 1.0, LONGEST)
         found.weights.append({name: weight.clone() for name, weight in module.export_parameters()})
-        work = Workload(batch, module.cost_model, BUDGET, learner.layout, learner.sharding)
+        work = Workload(batch, module.cost, BUDGET, learner.layout, learner.sharding)
         found.media.append([any(one is not None and one.items for one in part.readings) for part in work.micro_batches])
     return found
 
