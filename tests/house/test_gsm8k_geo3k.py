@@ -106,6 +106,7 @@ class Seen(RFTCallback):
 
 EXAMPLES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {"gsm8k": gsm8k, "geo3k": geo3k, "audio_qa": audio_qa}
 REFERENCES = {"gsm8k": {"1000", "2000", "3000", "4000"}, "geo3k": {"1.5"}, "audio_qa": {"B"}}
+USABLE = {"gsm8k": 4, "geo3k": 4, "audio_qa": 3}
 MEDIA = {"gsm8k": [], "geo3k": ["images"], "audio_qa": ["audios"]}
 
 
@@ -135,6 +136,7 @@ def test_a_ready_configuration_runs_on_what_its_script_prepares(name: str, monke
     main(["fit", "--config", str(EXAMPLE / f"{name}.yaml"), *(f"--{key}={value}" for key, value in overrides.items())])
     (samples,) = Seen.scored
     prompts = samples.prompts
+    assert len({prompt.uid.partition("@")[0] for prompt in prompts}) == USABLE[name]
     assert {prompt.reference for prompt in prompts} == REFERENCES[name]
     assert all([kind for kind in ("images", "audios") if getattr(p.media, kind)] == MEDIA[name] for p in prompts)
     assert all(set(one.reward_parts) == {"math_accuracy", "boxed_format"} for _, one in samples)
