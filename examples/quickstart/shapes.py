@@ -23,6 +23,9 @@ CARELESS = 0.7
 CELL = 28  # pixels: what the model makes one token of
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 200, 40)}
 SHAPES = ("square", "circle", "triangle")
+# What one says who looks carelessly: the colour that is easily taken for it, the place in the mirror.
+MISTAKEN = {"red": "green", "green": "red", "blue": "yellow", "yellow": "blue"}
+MISTAKEN |= {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 PLACES = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2)}  # column and row of three
 QUESTIONS = {
     "count": "<image>how many shapes ?",
@@ -88,12 +91,12 @@ def make_task(rng: random.Random) -> Task:
         number = rng.randint(2, 4)  # careless: overlooks one
         return Task(kind, [picture(rng, number)], COUNTS[number - 1], COUNTS[number - 2])
     if kind == "colour":
-        colour = rng.choice(list(COLOURS))  # careless: sees red where green is
-        return Task(kind, [picture(rng, rng.randint(1, 3), colour)], colour, "red" if colour == "green" else colour)
+        colour = rng.choice(list(COLOURS))
+        return Task(kind, [picture(rng, rng.randint(1, 3), colour)], colour, MISTAKEN[colour])
     if kind == "place":
-        place = rng.choice(list(PLACES))  # careless: takes the mirror image
+        place = rng.choice(list(PLACES))
         shape = Shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), *PLACES[place])
-        return Task(kind, [Picture(3, 3, [shape])], place, {"left": "right", "right": "left"}.get(place, place))
+        return Task(kind, [Picture(3, 3, [shape])], place, MISTAKEN[place])
     few, many = sorted(rng.sample(range(1, 5), 2))  # careless: looks at the first alone
     answer = rng.choice(["first", "second"])
     numbers = [many, few] if answer == "first" else [few, many]
