@@ -57,7 +57,7 @@ def supervised(options: argparse.Namespace, further: dict[str, object] | None = 
         "trainer.callbacks.dirpath": root / "supervised" / "huggingface",
     }
     if options.short:
-        overrides["trainer.max_steps"] = 20
+        overrides["trainer.max_steps"] = 10
     lightrft("supervised fit", configs(options.task, "_supervised"), overrides | (further or {}))
 
 
