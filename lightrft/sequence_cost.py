@@ -96,7 +96,7 @@ def _tower(model: Any, config: Any, decoder: dict[str, int]) -> Tower | None:
     weights = decoder_weights(**decoder)
     kinds = {name for part in tower.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     in_blocks = {linear for part in tower.modules() if type(part).__name__ in kinds for linear in _linear(part)}
-    of_patches = {part for part in tower.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))}
+    of_patches = {part for part in tower.modules() if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d))}
     of_text = {*_linear(model.get_decoder()), model.get_output_embeddings()}
     attending = getattr(config, "fullatt_block_indexes", None)  # the others see a window
     layers = len(attending) if attending is not None else _first(config, "depth", "num_hidden_layers", "encoder_layers")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines.media_worlds import png, wav
+from media_worlds import png, wav
 from torch import Tensor
 from transformers import AutoProcessor
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from lightrft.engines import Engine, EngineError, EngineGroup
+from lightrft.media import placeholder_ids
 from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Prompt, Response, Sampling
 
@@ -110,7 +111,8 @@ def response_logits(model: Any, prompt: Prompt, response: Response) -> Tensor:
 
 
 def reference_log_probs(model: Any, prompt: Prompt, response: Response, sampling: Sampling) -> Tensor:
-    logits = response_logits(model, prompt, response)
+    never = torch.tensor(placeholder_ids(model.config), dtype=torch.int64)
+    logits = response_logits(model, prompt, response).index_fill(-1, never, -torch.inf)
     return processed_log_probs(logits, sampling).gather(1, response.token_ids[:, None])[:, 0].float()
 
 

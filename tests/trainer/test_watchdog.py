@@ -27,7 +27,7 @@ from lightrft.verdicts import Report, sentence, to_blame
 from lightrft.watchdog import Watchdog
 from lightrft.whereabouts import mark
 
-TIMEOUT = 5.0
+TIMEOUT = 12.0  # seconds; what a rank imports at its first step took 5 on a busy machine
 HOOKS = {"rollout": "on_rollout_end", "score": "on_score_end", "update": "on_update_start"}
 
 

@@ -193,7 +193,7 @@ def write_lessons(folder: Path) -> None:
 
 def write_media_lessons(folder: Path, family: str, counts: tuple[int, ...] = (1, 1, 2, 1, 1, 0, 1, 0)) -> None:
     """A model that sees or hears in ``model``, and ``lessons.jsonl``, each with so many images or sounds."""
-    from engines.media_worlds import media_world
+    from media_worlds import media_world
 
     world = media_world(family)
     world.model.save_pretrained(folder / "model")
