@@ -122,7 +122,7 @@ class TestRemoteEngine(Served):
         assert [rank["tokens"] for rank in found] == [ids_of(groups) for groups in expected]
         pushed = fingerprint(dict(world().weights())["lm_head.weight"] * 1.5)
         assert [rank["prints"] for rank in found] == [{"lm_head.weight": pushed}] * 2
-        started(fresh=True)
+        started(bare=True)  # the ranks have taken the server over
 
     @pytest.mark.parametrize(
         ("changed", "says"),
