@@ -361,7 +361,7 @@ def budget(learner: Learner, batch: Batch, parts: int) -> int:
         return UNEVEN_TOKENS
     mine = [len(batch.sequences[row]) for row in batch.response_mask.any(-1).nonzero().flatten().tolist()]
     lengths = tuple(length for rank in learner.sharding.everyone(mine) for length in rank)
-    costs = tuple(map(learner.module.cost, lengths))
+    costs = tuple(map(learner.cost, lengths))
     return _least_budget(costs, lengths, learner.layout.groups, parts)
 
 
@@ -372,7 +372,7 @@ def _least_budget(costs: tuple[float, ...], lengths: tuple[int, ...], groups: in
 
 def micro_batches(learner: Learner, batch: Batch) -> list[int]:
     """Trained tokens of each micro-batch of this rank."""
-    work = Workload(batch, learner.module.cost, learner.tokens_per_microbatch, learner.layout, learner.sharding)
+    work = Workload(batch, learner.cost, learner.tokens_per_microbatch, learner.layout, learner.sharding)
     return [int(part.response_mask.sum()) for part in work.micro_batches]
 
 

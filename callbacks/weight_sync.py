@@ -37,8 +37,8 @@ class WeightSync(RFTCallback):
     half-done update is seen, however small the step. Log-probs of a few fixed tokens, scored, and of some sampled after
     them, and after a small image or sound where the model takes such, are compared with the trainer's: a wrong name, a
     stale cache of prefixes or of images, or other arithmetic is seen, once it makes more than the tolerance, which is
-    calibrated at the first sync. Both run each time that the engine wakes, pushed to or
-    not: what it held may have been lost while it slept.
+    calibrated at the first sync. Both run each time that the engine wakes, pushed to or not: what it held may have been
+    lost while it slept.
 
     Frozen weights travel once, and again where the engine has lost them. They are probed all the same.
 
@@ -138,14 +138,14 @@ class WeightSync(RFTCallback):
     def _compare_log_probs(self, trainer: Any, engine: Any) -> float:
         """Mean absolute difference of the probe tokens' log-probs, in nats: scored or sampled, whichever is larger."""
         text, model = _probe_prompts(trainer.model), trainer.model
-        prompts = text + _with_media(model)
+        prompts = text + _with_media(model, text[0].token_ids[:_TOKENS_WITH_MEDIA])
         sampling, seeds = Sampling(max_new_tokens=_PROBE_NEW_TOKENS), [[0] for _ in prompts]
         drawn = [response for (response,) in engine.generate(prompts, sampling, seeds)]
         scored = engine.score([prompt.token_ids for prompt in text])
         readings = model.read(prompts)
         ours = _log_probs(trainer, readings, [one.token_ids for one in drawn])
         # Scores are of all tokens; what is sampled is none of the placeholders of media.
-        whole = ours if model.media is None else _log_probs(trainer, model.read(text), [], sampled=False)
+        whole = ours if model.media is None else _log_probs(trainer, readings[: len(text)], [], sampled=False)
         of_text = [row[: len(prompt.token_ids) - 1] for row, prompt in zip(whole, text)]
         of_drawn = [row[len(reading.token_ids) - 1 :] for row, reading in zip(ours, readings)]
         # An engine may give up on a request, and on all of them: what it sampled until then counts.
@@ -214,11 +214,10 @@ def _probe_prompts(model: Any) -> list[Prompt]:
     return [Prompt(f"probe/{number}", token_ids, text="") for number, token_ids in enumerate(ids)]
 
 
-def _with_media(model: Any) -> list[Prompt]:
-    """One with each kind of media that the model takes: the same at every sync, as the text is."""
+def _with_media(model: Any, ids: Tensor) -> list[Prompt]:
+    """One with each kind of media that the model takes, within the text ``ids``: the same at every sync, as that is."""
     if model.media is None:
         return []
-    ids = _probe_prompts(model)[0].token_ids[:_TOKENS_WITH_MEDIA]
     return [replace(model.media.example(ids, [kind]), uid=f"probe/{kind}") for kind in sorted(model.media.kinds)]
 
 

@@ -22,7 +22,7 @@ from lightrft.data.supervised_data import SupervisedBatch
 from lightrft.lightning_modules import pretrained
 from lightrft.lightning_modules.backbone import LanguageBackbone, plainly
 from lightrft.lightning_modules.pretrained import LoRA
-from lightrft.media import MediaProcessor, placeholder_ids
+from lightrft.media import MediaProcessor, placeholder_ids, stand_in
 from lightrft.ops import Packed, log_probs_and_entropy, pack, split_by_tokens
 from lightrft.samples import Reading
 
@@ -222,7 +222,7 @@ class ActorModule(LanguageBackbone):
     def _examples(self, before: Tensor, after: Tensor) -> list[Reading]:
         if self.media is None or not self.media.kinds:
             return []
-        reading = self.media.read(self.media.example(before.cpu(), self.media.kinds)).map(lambda t: t.to(before.device))
+        reading = self.media.read(self.media.example(before.cpu(), self.media.kinds)).to(before.device)
         return [replace(reading, token_ids=torch.cat([reading.token_ids, after]))]
 
     # --- supervised training under Lightning's Trainer ---------------------------------------------------------------
@@ -273,13 +273,8 @@ class ActorModule(LanguageBackbone):
 
         Ranks wait for each other's gradients of every weight, those of a tower too, whatever their own records hold.
         """
-        read = self.media.kinds if self.media is not None else frozenset()
-        missing = read.difference(*(one.kinds for one in part.readings if one is not None))
-        if len(part) and not missing:
-            return part
-        token = torch.zeros(1, dtype=torch.int64)
-        least = self.media.read(self.media.example(token, missing)) if self.media is not None else Reading(token)
-        return part.joined(least.map(lambda tensor: tensor.to(self.device)))
+        least = stand_in(self.media, part.readings, self.media.kinds if self.media is not None else frozenset())
+        return part if least is None else part.joined(least.to(self.device))
 
     def _negative_log_prob(self, packed: Packed) -> Tensor:
         log_probs, _ = self(*packed.inputs)

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightrft.media import PER_TOKEN
 from lightrft.ops import pad
-
-_OF_TOKENS = "token_type_ids"  # ends the names of what a processor says of every token
 
 
 def of_model(
@@ -31,7 +30,7 @@ def of_model(
     takes = _takes(type(model).forward)
     found = {}
     for name, tensor in media.items():
-        if not name.endswith(_OF_TOKENS):
+        if not name.endswith(PER_TOKEN):
             if name not in takes:
                 raise ValueError(f"{type(model).__name__} takes no {name}; the processor is another model's.")
             found[name] = tensor
@@ -60,7 +59,7 @@ def positions(
         return position_ids[None]
     ids, mask = pad(input_ids, cu_seqlens)
     known = {name: media[name] for name in _takes(type(model).get_rope_index) & media.keys()}
-    known |= {name: pad(tensor, cu_seqlens)[0] for name, tensor in known.items() if name.endswith(_OF_TOKENS)}
+    known |= {name: pad(tensor, cu_seqlens)[0] for name, tensor in known.items() if name.endswith(PER_TOKEN)}
     found, _ = locate(input_ids=ids, attention_mask=mask.long(), **known)
     return found[:, mask][:, None]
 

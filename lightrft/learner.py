@@ -14,6 +14,7 @@ from lightrft.algorithms import StepTotals
 from lightrft.module import RFTModule
 from lightrft.ops import pack
 from lightrft.samples import Batch
+from lightrft.sequence_cost import SequenceCost
 from lightrft.strategies import Layout, Roles
 from lightrft.trained import Frozen, Trained
 from lightrft.whereabouts import mark
@@ -34,6 +35,7 @@ class Learner:
         sequence_parallel_size: ranks that share the tokens of a micro-batch.
 
     Attributes:
+        cost: what a sequence costs the actor.
         policy: the actor in training.
         critic: the critic in training; ``None`` where the algorithm has none.
         reference: the frozen reference; ``None`` where the algorithm has none, or LoRA's base is it.
@@ -53,6 +55,7 @@ class Learner:
         self.module = module
         self.tokens_per_microbatch = tokens_per_microbatch
         self.sharding = roles.default
+        self.cost = SequenceCost.of(module.actor.transformer)  # while its layers are whole, and called what they are
         if sequence_parallel_size > 1:
             module.shard_sequences(self.layout.mesh(fabric.device.type).get_group("sequence"))
         self.policy = Trained(roles["actor"], module.actor, gradient_clip_val)
@@ -137,7 +140,7 @@ class Learner:
     def _workload(self, batch: Batch) -> Workload:
         return Workload(
             batch,
-            self.module.cost,
+            self.cost,
             self.tokens_per_microbatch,
             self.layout,
             self.sharding,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from lightrft.algorithms import Algorithm, resolve_algorithm
 from lightrft.media import MediaProcessor
 from lightrft.rewards import Scorer
 from lightrft.samples import Prompt, Reading
-from lightrft.sequence_cost import SequenceCost
 
 
 class RFTModule(LightningModule):
@@ -106,11 +104,6 @@ class RFTModule(LightningModule):
         models = [self.actor, *([self.critic] if self.critic is not None else [])]
         configs = [model.transformer.config.get_text_config() for model in models]
         return min(int(getattr(config, "max_position_embeddings", None) or sys.maxsize) for config in configs)
-
-    @cached_property
-    def cost(self) -> SequenceCost:
-        """What a sequence costs the actor."""
-        return SequenceCost.of(self.actor.transformer)
 
     @property
     def tokenizer(self) -> Any:

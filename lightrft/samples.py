@@ -19,6 +19,10 @@ T = TypeVar("T")
 FinishReason = Literal["stop", "length", "abort"]
 
 
+PART_OF = {"images": "image", "audios": "audio", "videos": "video"}
+"""Each field of :class:`Media`, and what chat templates, ``transformers`` and vLLM call one of it."""
+
+
 @dataclass(frozen=True)
 class Media:
     """Media of one prompt as *references* (path, data URI, bytes), in the order of their placeholders.
@@ -123,6 +127,9 @@ class Reading:
             for item in self.items
         ]
         return Reading(change(self.token_ids), changed(self.token_types), items)
+
+    def to(self, device: torch.device | str) -> Reading:
+        return self.map(lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -431,7 +438,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         columns = {name: column.to(device) for name, column in self.columns.items()}
-        shared = {id(one): one.map(lambda tensor: tensor.to(device)) for one in self.readings if one is not None}
+        shared = {id(one): one.to(device) for one in self.readings if one is not None}
         return Batch(
             sequences=[sequence.to(device) for sequence in self.sequences],
             readings=[shared.get(id(one)) for one in self.readings],

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lightrft.ops import CostModel, decoder_weights
+from lightrft.ops import CostModel
 from lightrft.samples import MediaItem, Reading
+from lightrft.strategies import blocks
 
 # Of what is frozen only the forward is computed, which is a third of the operations of both.
 _FORWARD_ALONE = 1 / 3
@@ -63,23 +64,25 @@ class SequenceCost:
 
     @classmethod
     def of(cls, model: Any) -> SequenceCost:
-        """Of a ``transformers`` model."""
+        """Of a ``transformers`` model, before a strategy has placed it."""
         config = model.config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
         experts = getattr(config, "num_experts_per_tok", None)
         width = (getattr(config, "moe_intermediate_size", None) if experts else None) or _width(config)
-        shape = {
-            "hidden_size": hidden,
-            "layers": config.num_hidden_layers,
-            "intermediate_size": width * (experts or 1),
-            "heads": heads,
-            "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_size": getattr(config, "head_dim", None) or hidden // heads,
-            "vocabulary": config.vocab_size,
-        }
+        layers, head_size = config.num_hidden_layers, getattr(config, "head_dim", None) or hidden // heads
+        decoder = CostModel.of_shape(
+            hidden_size=hidden,
+            layers=layers,
+            intermediate_size=width * (experts or 1),
+            heads=heads,
+            key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=head_size,
+            vocabulary=config.vocab_size,
+        )
+        weights = layers * heads * head_size / decoder.attention  # which is that of so many
         towers = {"images": "vision_config", "audios": "audio_config"}
-        found = {kind: _tower(model, getattr(model.config, name, None), shape) for kind, name in towers.items()}
-        return cls(CostModel.of_shape(**shape), {kind: tower for kind, tower in found.items() if tower is not None})
+        found = {kind: _tower(model, getattr(model.config, name, None), weights) for kind, name in towers.items()}
+        return cls(decoder, {kind: tower for kind, tower in found.items() if tower is not None})
 
     def __call__(self, tokens: int, reading: Reading | None = None) -> float:
         """Of so many tokens, and of the media that were read for them."""
@@ -87,15 +90,14 @@ class SequenceCost:
         return self.decoder(tokens) + sum(self.towers[item.kind](item) for item in items if item.kind in self.towers)
 
 
-def _tower(model: Any, config: Any, decoder: dict[str, int]) -> Tower | None:
+def _tower(model: Any, config: Any, weights: float) -> Tower | None:
+    """``weights`` are those of the decoder that a token goes through."""
     if config is None:
         return None
     tower: Any = next((part for part in model.modules() if type(getattr(part, "config", None)) is type(config)), None)
     if tower is None:
         return None
-    weights = decoder_weights(**decoder)
-    kinds = {name for part in tower.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    in_blocks = {linear for part in tower.modules() if type(part).__name__ in kinds for linear in _linear(part)}
+    in_blocks = {linear for block in blocks(tower) for linear in _linear(block)}
     of_patches = {part for part in tower.modules() if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d))}
     of_text = {*_linear(model.get_decoder()), model.get_output_embeddings()}
     attending = getattr(config, "fullatt_block_indexes", None)  # the others see a window
@@ -115,8 +117,7 @@ def _linear(module: nn.Module) -> set[nn.Module]:
 
 def _work(parts: set[nn.Module]) -> float:
     """Of their weights for one token."""
-    # ZeRO 3 leaves nothing in place, and tells how many there were.
-    return _share(parts) * sum(getattr(weight, "ds_numel", weight.numel()) for weight in _weights(parts))
+    return _share(parts) * sum(weight.numel() for weight in _weights(parts))
 
 
 def _share(parts: set[nn.Module]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightrft.media import MediaProcessor
+from lightrft.media import MediaProcessor, stand_in
 from lightrft.ops import busiest_over_mean, loads, micro_steps
 from lightrft.samples import Batch, Reading
 from lightrft.sequence_cost import SequenceCost
@@ -97,13 +97,8 @@ class Workload:
 
     def _in_step(self, part: Batch, kinds: frozenset[str]) -> Batch:
         """A micro-batch with something of every kind, and with something at all."""
-        missing = kinds.difference(*(one.kinds for one in part.readings if one is not None))
-        return _joined(part, self._untrained(missing)) if missing or not len(part) else part
-
-    def _untrained(self, kinds: frozenset[str]) -> Reading:
-        """The least that a model takes."""
-        token = torch.zeros(1, dtype=torch.int64)
-        return self._media.read(self._media.example(token, kinds)) if self._media is not None else Reading(token)
+        untrained = stand_in(self._media, part.readings, kinds)
+        return part if untrained is None else _joined(part, untrained)
 
     def _kinds_of(self, row: _Row) -> frozenset[str]:
         return self._shapes[row.owner][row.reading].kinds if row.reading >= 0 else frozenset()
@@ -180,7 +175,7 @@ def _all_rows(
         (row, lengths[row], responses[row], cost(lengths[row], read), number_of.get(id(read), -1))
         for row, read in ((row, batch.readings[row]) for row in trained)
     ]
-    shapes = [one.map(lambda tensor: tensor.to("meta")) for one in readings]
+    shapes = [one.to("meta") for one in readings]
     told, of_readings = zip(*sharding.everyone((rows, shapes)))
     return [_Row(owner, *row) for owner, own in enumerate(told) for row in own], list(of_readings)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +14,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-from world import word_tokenizer, write_lines
+from world import Task, word_tokenizer, write_tasks
 
-TRAIN, HELD_OUT = 2000, 300
-# As in arithmetic.py: above a half, so that the likeliest answer of a good pupil is careless, and well below one.
-CARELESS = 0.7
 CELL = 28  # pixels: what the model makes one token of
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 200, 40)}
 SHAPES = ("square", "circle", "triangle")
@@ -58,30 +54,10 @@ class Picture:
     shapes: list[Shape] = field(default_factory=list)
 
 
-@dataclass
-class Task:
-    """A question with its pictures, the right answer, and what one says who looks carelessly."""
-
-    question: str
-    pictures: list[Picture]
-    answer: str
-    careless: str
-
-
 def write(root: Path, seed: int, short: bool) -> str:
-    """The untrained model with its processor, lessons, prompts and held-out prompts; what they are in words.
-
-    ``short`` makes few of them, as each is read before training.
-    """
+    """The untrained model with its processor, and :func:`world.write_tasks`."""
     write_model(root / "untrained")
-    rng = random.Random(seed)
-    train, held_out = (200, 50) if short else (TRAIN, HELD_OUT)
-    tasks = [make_task(rng) for _ in range(train + held_out)]
-    records = list(drawn(tasks, root / "images", rng))
-    write_lines(root / "train.jsonl", records[:train])
-    write_lines(root / "held_out.jsonl", records[train:])
-    write_lines(root / "lessons.jsonl", lessons(list(zip(tasks, records))[:train], rng))
-    return f"{train} training and {held_out} held-out questions about images"
+    return f"{write_tasks(root, seed, short, make_task, write_images)} about images"
 
 
 def make_task(rng: random.Random) -> Task:
@@ -89,18 +65,18 @@ def make_task(rng: random.Random) -> Task:
     kind = rng.choice(list(QUESTIONS))
     if kind == "count":
         number = rng.randint(2, 4)  # careless: overlooks one
-        return Task(kind, [picture(rng, number)], COUNTS[number - 1], COUNTS[number - 2])
+        return Task(QUESTIONS[kind], [picture(rng, number)], COUNTS[number - 1], COUNTS[number - 2])
     if kind == "colour":
         colour = rng.choice(list(COLOURS))
-        return Task(kind, [picture(rng, rng.randint(1, 3), colour)], colour, MISTAKEN[colour])
+        return Task(QUESTIONS[kind], [picture(rng, rng.randint(1, 3), colour)], colour, MISTAKEN[colour])
     if kind == "place":
         place = rng.choice(list(PLACES))
         shape = Shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), *PLACES[place])
-        return Task(kind, [Picture(3, 3, [shape])], place, MISTAKEN[place])
+        return Task(QUESTIONS[kind], [Picture(3, 3, [shape])], place, MISTAKEN[place])
     few, many = sorted(rng.sample(range(1, 5), 2))  # careless: looks at the first alone
     answer = rng.choice(["first", "second"])
     numbers = [many, few] if answer == "first" else [few, many]
-    return Task(kind, [picture(rng, number) for number in numbers], answer, "first")
+    return Task(QUESTIONS[kind], [picture(rng, number) for number in numbers], answer, "first")
 
 
 def picture(rng: random.Random, number: int, colour: str | None = None) -> Picture:
@@ -128,22 +104,12 @@ def draw(picture: Picture, rng: random.Random) -> Image.Image:
     return image
 
 
-def drawn(tasks: Iterable[Task], folder: Path, rng: random.Random) -> Iterator[dict[str, object]]:
-    """What reinforcement learning sees: the question, its images, and the reference for the reward alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, task in enumerate(tasks):
-        names = [f"{folder.name}/{number}-{index}.png" for index in range(len(task.pictures))]
-        for name, one in zip(names, task.pictures):
-            draw(one, rng).save(folder.parent / name)
-        question = QUESTIONS[task.question]
-        yield {"input": question, "images": names, "reference": task.answer, "label": "exact_match"}
-
-
-def lessons(examples: list[tuple[Task, dict[str, object]]], rng: random.Random) -> Iterator[dict[str, object]]:
-    """What supervised learning sees: questions answered by a teacher who often looks carelessly."""
-    for task, record in examples:
-        answer = task.careless if rng.random() < CARELESS else task.answer
-        yield {"prompt": record["input"], "images": record["images"], "response": answer}
+def write_images(root: Path, number: int, pictures: list[Picture], rng: random.Random) -> dict[str, list[str]]:
+    names = [f"images/{number}-{index}.png" for index in range(len(pictures))]
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    for name, one in zip(names, pictures):
+        draw(one, rng).save(root / name)
+    return {"images": names}
 
 
 def write_model(folder: Path) -> None:

@@ -6,8 +6,6 @@ import math
 import random
 import struct
 import wave
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import (
@@ -18,11 +16,8 @@ from transformers import (
     Qwen2Config,
     WhisperFeatureExtractor,
 )
-from world import word_tokenizer, write_lines
+from world import Task, word_tokenizer, write_tasks
 
-TRAIN, HELD_OUT = 2000, 300
-# As in arithmetic.py: above a half, so that the likeliest answer of a good pupil is careless, and well below one.
-CARELESS = 0.7
 RATE = 16000  # samples a second
 SECONDS = 1  # what the model hears of a clip; 30 in the models that are published
 QUESTIONS = {"count": "<audio>how many beeps ?", "second": "<audio>is the second higher or lower ?"}
@@ -31,30 +26,10 @@ SPECIAL = ["<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"]
 WORDS = [*" ".join(QUESTIONS.values()).replace("<audio>", "").split(), *COUNTS]
 
 
-@dataclass
-class Task:
-    """A question with its beeps (pitches in Hz), the right answer, and what one says who listens carelessly."""
-
-    question: str
-    pitches: list[float]
-    answer: str
-    careless: str
-
-
 def write(root: Path, seed: int, short: bool) -> str:
-    """The untrained model with its processor, lessons, prompts and held-out prompts; what they are in words.
-
-    ``short`` makes few of them, as each is read before training.
-    """
+    """The untrained model with its processor, and :func:`world.write_tasks`."""
     write_model(root / "untrained")
-    rng = random.Random(seed)
-    train, held_out = (200, 50) if short else (TRAIN, HELD_OUT)
-    tasks = [make_task(rng) for _ in range(train + held_out)]
-    records = list(recorded(tasks, root / "clips", rng))
-    write_lines(root / "train.jsonl", records[:train])
-    write_lines(root / "held_out.jsonl", records[train:])
-    write_lines(root / "lessons.jsonl", lessons(list(zip(tasks, records))[:train], rng))
-    return f"{train} training and {held_out} held-out questions about sounds"
+    return f"{write_tasks(root, seed, short, make_task, write_clip)} about sounds"
 
 
 def make_task(rng: random.Random) -> Task:
@@ -63,11 +38,13 @@ def make_task(rng: random.Random) -> Task:
     if kind == "count":
         number = rng.randint(1, 4)  # careless: overhears one of several
         answer, careless = COUNTS[number - 1], COUNTS[max(number - 2, 0)]
-        return Task(kind, [pitch(rng) for _ in range(number)], answer, careless)
+        return Task(QUESTIONS[kind], [pitch(rng) for _ in range(number)], answer, careless)
     first = pitch(rng)
     answer = rng.choice(["higher", "lower"])  # careless: hears every second one as higher
     interval = rng.uniform(1.3, 2.0)
-    return Task(kind, [first, first * interval if answer == "higher" else first / interval], answer, "higher")
+    return Task(
+        QUESTIONS[kind], [first, first * interval if answer == "higher" else first / interval], answer, "higher"
+    )
 
 
 def pitch(rng: random.Random) -> float:
@@ -84,30 +61,15 @@ def samples(pitches: list[float], rng: random.Random) -> list[int]:
     return clip
 
 
-def recorded(tasks: Iterable[Task], folder: Path, rng: random.Random) -> Iterator[dict[str, object]]:
-    """What reinforcement learning sees: the question, its clip, and the reference for the reward alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, task in enumerate(tasks):
-        path, clip = folder / f"{number}.wav", samples(task.pitches, rng)
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(RATE)
-            file.writeframes(struct.pack(f"<{len(clip)}h", *clip))
-        question = QUESTIONS[task.question]
-        yield {
-            "input": question,
-            "audios": [f"{folder.name}/{path.name}"],
-            "reference": task.answer,
-            "label": "exact_match",
-        }
-
-
-def lessons(examples: list[tuple[Task, dict[str, object]]], rng: random.Random) -> Iterator[dict[str, object]]:
-    """What supervised learning sees: questions answered by a teacher who often listens carelessly."""
-    for task, record in examples:
-        answer = task.careless if rng.random() < CARELESS else task.answer
-        yield {"prompt": record["input"], "audios": record["audios"], "response": answer}
+def write_clip(root: Path, number: int, pitches: list[float], rng: random.Random) -> dict[str, list[str]]:
+    name, clip = f"clips/{number}.wav", samples(pitches, rng)
+    (root / "clips").mkdir(parents=True, exist_ok=True)
+    with wave.open(str(root / name), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(struct.pack(f"<{len(clip)}h", *clip))
+    return {"audios": [name]}
 
 
 def write_model(folder: Path) -> None:

@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lightrft.samples import Media
-
-PART_OF = {"images": "image", "audios": "audio", "videos": "video"}
+from lightrft.samples import PART_OF, Media
 
 
 def count(text: str | list[dict[str, Any]], part: str) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lightrft.data.placeholders import PART_OF, count
+from lightrft.data.placeholders import count
 from lightrft.data.sources import DataSource, PromptSource
-from lightrft.samples import Media
+from lightrft.samples import PART_OF, Media
 
 OnBadRecord = Literal["raise", "skip"]
 Message = dict[str, Any]

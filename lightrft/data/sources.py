@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightrft.data.json_records import load_json
+from lightrft.samples import PART_OF
 
 FILE_KINDS = (".json", ".jsonl", ".csv", ".parquet")
-MEDIA_KINDS = ("images", "audios", "videos")
 
 
 @dataclass
@@ -48,8 +48,8 @@ class DataSource:
         if self._suffix in FILE_KINDS and (self.split != "train" or self.subset is not None):
             raise ValueError(f"{self.path} is a file, which has no splits or subsets; remove the key.")
         self.name = self.name or _default_name(self.path)
-        if unknown := set(self.media_keys or {}) - set(MEDIA_KINDS):
-            raise ValueError(f"{self.name}: media_keys has {min(unknown)!r}; kinds are {', '.join(MEDIA_KINDS)}.")
+        if unknown := set(self.media_keys or {}) - PART_OF.keys():
+            raise ValueError(f"{self.name}: media_keys has {min(unknown)!r}; kinds are {', '.join(PART_OF)}.")
 
     @property
     def _suffix(self) -> str:
@@ -63,7 +63,7 @@ class DataSource:
     @property
     def keys_of_media(self) -> dict[str, str]:
         """Media kind (``images``) to the key that holds it, without the kinds that are switched off."""
-        keys = {kind: kind for kind in MEDIA_KINDS} | (self.media_keys or {})
+        keys = {kind: kind for kind in PART_OF} | (self.media_keys or {})
         return {kind: key for kind, key in keys.items() if key is not None}
 
     @property

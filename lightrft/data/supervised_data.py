@@ -84,7 +84,7 @@ class SupervisedBatch:
             sequences=[ids.to(device) for ids in self.sequences],
             loss_masks=[mask.to(device) for mask in self.loss_masks],
             tokens_per_microbatch=self.tokens_per_microbatch,
-            readings=[one and one.map(lambda tensor: tensor.to(device)) for one in self.readings],
+            readings=[one and one.to(device) for one in self.readings],
         )
 
 

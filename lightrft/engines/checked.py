@@ -46,10 +46,9 @@ class CheckedEngine(Engine):
             raise EngineError(f"{name} does not serve models that read media; choose an engine that does.")
         self._closed, self._asleep = False, set()
         self._device = torch.device(device)
-        # A processor holds its tokenizer.
-        self._processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
-        self._media = MediaProcessor(self._processor) if self._processor is not None and self.reads_media else None
-        tokenizer = tokenizer if self._processor is None else self._processor.tokenizer
+        self._processor = tokenizer
+        self._media = MediaProcessor.of(tokenizer) if self.reads_media else None
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its own
         self._detokenizer = Detokenizer(tokenizer)
         self._stop_ids = _stop_ids(config, tokenizer)
         self._context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)

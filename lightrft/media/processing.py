@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,14 +11,13 @@ from torch import Tensor
 
 from lightrft.media.references import MediaError, audio, described, image
 from lightrft.media.smallest import beep, square
-from lightrft.samples import Media, MediaItem, Prompt, Reading
+from lightrft.samples import PART_OF, Media, MediaItem, Prompt, Reading
 
 Made = TypeVar("Made")
 
-# Kind of media -> what transformers and vLLM call one of it.
-_PARTS = {"images": "image", "audios": "audio", "videos": "video"}
 _SMALLEST: dict[str, Callable[[], bytes]] = {"images": square, "audios": beep}
-_PER_TOKEN = "token_type_ids"  # ends the names of what a processor says of every token
+PER_TOKEN = "token_type_ids"
+"""Ends the names of what a processor says of every token."""
 
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:
@@ -27,9 +26,26 @@ def placeholder_ids(config: Any) -> tuple[int, ...]:
     They mean nothing in a response, which has no media: no engine samples them, and the trainer's log-probs are of a
     distribution without them.
     """
-    names = (f"{part}_token_{what}" for part in _PARTS.values() for what in ("id", "index"))
+    names = (f"{part}_token_{what}" for part in PART_OF.values() for what in ("id", "index"))
     found = {getattr(config, name, None) for name in names}
     return tuple(sorted(index for index in found if isinstance(index, int)))
+
+
+def stand_in(media: MediaProcessor | None, readings: Sequence[Reading | None], kinds: frozenset[str]) -> Reading | None:
+    """The sequence that a micro-batch lacks, to be computed and not trained on: the least that a model takes.
+
+    Args:
+        media: reads them for the model; ``None`` where it reads text alone.
+        readings: of the micro-batch's rows.
+        kinds: of media, of each of which it must have some.
+
+    Returns:
+        ``None`` where nothing is missing, and there is a row at all.
+    """
+    missing = kinds.difference(*(one.kinds for one in readings if one is not None))
+    if readings and not missing:
+        return None
+    return media.least(missing) if media is not None else Reading(_any_text())
 
 
 class MediaProcessor:
@@ -44,10 +60,11 @@ class MediaProcessor:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._name = type(processor).__name__
+        self._least: dict[frozenset[str], Reading] = {}
         self._tokens: dict[str, Any] = {}
         self._ids: dict[str, int] = {}
         tokenizer = processor.tokenizer
-        for kind, part in _PARTS.items():
+        for kind, part in PART_OF.items():
             token: Any = getattr(processor, f"{part}_token", None)
             index = None if token is None else tokenizer.convert_tokens_to_ids(token)
             if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
@@ -79,9 +96,15 @@ class MediaProcessor:
         media = Media(**{kind: (_SMALLEST[kind](),) for kind in kinds})
         return Prompt("example", torch.cat([token_ids[:1], placeholders, token_ids[1:]]), text="", media=media)
 
+    def least(self, kinds: frozenset[str]) -> Reading:
+        """Of the shortest :meth:`example`; this one is kept, as updates ask for it again and again."""
+        if kinds not in self._least:
+            self._least[kinds] = self.read(self.example(_any_text(), kinds))
+        return self._least[kinds]
+
     def spelled(self, text: str, media: Media) -> str:
         """Raw text with the model's own placeholders in place of ``<image>`` and ``<audio>``, of kinds it has."""
-        for kind, part in _PARTS.items():
+        for kind, part in PART_OF.items():
             if getattr(media, kind) and kind in self._tokens:
                 text = text.replace(f"<{part}>", self._tokens[kind])
         return text
@@ -92,7 +115,7 @@ class MediaProcessor:
         Raises:
             MediaError: names the prompt.
         """
-        for kind, part in _PARTS.items():
+        for kind, part in PART_OF.items():
             given = len(getattr(prompt.media, kind))
             if given and (kind not in self._tokens or kind == "videos"):
                 reads = "no video yet" if kind == "videos" else f"no {kind}: {self._name} has no token for them"
@@ -112,7 +135,7 @@ class MediaProcessor:
         """
         found: dict[str, list[Any]] = {}
         for kind, one in self._each(prompt, self._decoded):
-            found.setdefault(_PARTS[kind], []).append(one)
+            found.setdefault(PART_OF[kind], []).append(one)
         return found
 
     def read(self, prompt: Prompt) -> Reading:
@@ -165,7 +188,7 @@ class MediaProcessor:
         yield MediaItem("text", token_ids[done:], {}, {})
 
     def _each(self, prompt: Prompt, make: Callable[[str, Any], Made]) -> Iterator[tuple[str, Made]]:
-        for kind, part in _PARTS.items():
+        for kind, part in PART_OF.items():
             for index, reference in enumerate(getattr(prompt.media, kind)):
                 try:
                     made = make(kind, reference)
@@ -196,9 +219,13 @@ class MediaProcessor:
         return MediaItem(
             kind=kind,
             token_ids=token_ids,
-            token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(_PER_TOKEN)},
+            token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(PER_TOKEN)},
             features={name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)},
         )
+
+
+def _any_text() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What training runs on: packing, balance, attention over packed rows, the chunked head, fingerprints."""
 
 from lightrft.ops.attention import varlen_attention
-from lightrft.ops.balance import CostModel, busiest_over_mean, decoder_weights, loads, micro_steps, partition
+from lightrft.ops.balance import CostModel, busiest_over_mean, loads, micro_steps, partition
 from lightrft.ops.fingerprint import Fingerprint, Fingerprints, fingerprint, joined
 from lightrft.ops.log_probs import log_probs_and_entropy
 from lightrft.ops.packing import Packed, joined_features, pack, pad, split_by_tokens
@@ -16,7 +16,6 @@ __all__ = [
     "Shard",
     "busiest_over_mean",
     "check_heads",
-    "decoder_weights",
     "fingerprint",
     "joined",
     "joined_features",

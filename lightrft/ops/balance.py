@@ -51,25 +51,13 @@ class CostModel:
         Args:
             intermediate_size: of the MLP; of all experts that a token visits.
         """
-        weights = decoder_weights(hidden_size, layers, intermediate_size, heads, key_value_heads, head_size, vocabulary)
-        return cls(layers * heads * head_size / weights)
+        queries = heads * head_size
+        projections = 2 * hidden_size * (queries + key_value_heads * head_size)
+        weights = layers * (projections + 3 * hidden_size * intermediate_size) + hidden_size * vocabulary
+        return cls(layers * queries / weights)
 
     def __call__(self, length: int) -> float:
         return length + self.attention * length * length
-
-
-def decoder_weights(
-    hidden_size: int,
-    layers: int,
-    intermediate_size: int,
-    heads: int,
-    key_value_heads: int,
-    head_size: int,
-    vocabulary: int,
-) -> int:
-    """Of the linear layers that a token goes through, in the shape of :meth:`CostModel.of_shape`."""
-    projections = 2 * hidden_size * (heads * head_size + key_value_heads * head_size)
-    return layers * (projections + 3 * hidden_size * intermediate_size) + hidden_size * vocabulary
 
 
 def micro_steps(costs: Sequence[float], sizes: Sequence[int], groups: int, budget: int) -> list[list[list[int]]]:

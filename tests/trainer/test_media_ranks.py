@@ -16,6 +16,7 @@ from lightrft.learner import Learner
 from lightrft.lightning_modules import ActorModule
 from lightrft.module import RFTModule
 from lightrft.samples import Batch, Prompt, Response, Rollout, Sampling
+from lightrft.sequence_cost import SequenceCost
 from lightrft.strategies import Roles, make_fabric
 from lightrft.workload import Workload
 
@@ -55,10 +56,12 @@ class Run(NamedTuple):
     Attributes:
         weights: after each update.
         media: of each update's micro-batches, whether its own rows have some.
+        cost: of its sequences.
     """
 
     weights: list[dict[str, Tensor]]
     media: list[list[bool]]
+    cost: SequenceCost
 
 
 def _run(folder: str, ranks: int, strategy: str) -> Run:
@@ -70,7 +73,7 @@ def _run(folder: str, ranks: int, strategy: str) -> Run:
     module.configure_model()
     world = media_world(actor.transformer.config.model_type)
     learner = Learner(fabric, Roles(fabric, {}), module, BUDGET, 1.0)
-    found = Run([], [])
+    found = Run([], [], learner.cost)
     for update in UPDATES:
         asked = prompts(world, update)
         share = len(asked) // ranks
@@ -79,7 +82,7 @@ def _run(folder: str, ranks: int, strategy: str) -> Run:
         learner.prepare(batch, 1.0, LONGEST, len(batch))
         learner.update(batch, 1.0, LONGEST)
         found.weights.append({name: weight.clone() for name, weight in module.export_parameters()})
-        work = Workload(batch, module.cost, BUDGET, learner.layout, learner.sharding)
+        work = Workload(batch, learner.cost, BUDGET, learner.layout, learner.sharding)
         found.media.append([any(one is not None and one.items for one in part.readings) for part in work.micro_batches])
     return found
 
@@ -111,5 +114,7 @@ def test_every_update_is_that_of_one_process(family: str, strategy: str, runs: l
         tower = [name for name in weights if name.startswith(media_world(family).tower)]
         assert max(float((weights[name] - before[name]).abs().max()) for name in tower) > 1e-4
         before = weights
+    (tower,) = alone[family, "auto"].cost.towers.values()
+    assert tower.weights > 0 and all(run[family, strategy].cost == alone[family, "auto"].cost for run in ranks)
     one, other = (run[family, strategy].media for run in ranks)
     assert one[:2] != other[:2] and not any(map(any, one[2:] + other[2:]))

@@ -104,7 +104,7 @@ class VLLMEngine(CheckedEngine):
         model = build(config, self._wanted_dtype, torch.device("meta"))
         self._manifest = VLLMManifest(model)
         self._embedded = int(model.get_input_embeddings().num_embeddings)
-        _write_folder(Path(self._folder.name), model, self._processor or tokenizer)
+        _write_folder(Path(self._folder.name), model, self._processor)
         try:
             self._llm = self._make(self._arguments(model))
         except Exception as error:
