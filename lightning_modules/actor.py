@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightrft.data.supervised_data import SupervisedBatch
+from lightrft.data.supervised_set import SupervisedBatch
 from lightrft.lightning_modules import pretrained
 from lightrft.lightning_modules.backbone import LanguageBackbone, plainly
 from lightrft.lightning_modules.pretrained import LoRA
