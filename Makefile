@@ -16,7 +16,7 @@ LINKS = lightrft/callbacks lightrft/lightning_modules
 define INSTALL
 	rm -f $(LINKS)
 	$(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '$(1)'
-	ln -s ../callbacks ../lightning_modules lightrft/
+	ln -sfn ../callbacks ../lightning_modules lightrft/
 endef
 
 .DELETE_ON_ERROR:

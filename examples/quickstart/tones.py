@@ -39,9 +39,9 @@ def make_task(rng: random.Random) -> Task:
         number = rng.randint(1, 4)  # careless: overhears one of several
         answer, careless = COUNTS[number - 1], COUNTS[max(number - 2, 0)]
         return Task(QUESTIONS[kind], [pitch(rng) for _ in range(number)], answer, careless)
-    first = pitch(rng)
+    first = rng.uniform(550, 650)
     answer = rng.choice(["higher", "lower"])  # careless: hears every second one as higher
-    interval = rng.uniform(1.3, 2.0)
+    interval = rng.uniform(1.6, 2.2)
     return Task(
         QUESTIONS[kind], [first, first * interval if answer == "higher" else first / interval], answer, "higher"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,18 @@ def reference_log_probs(model: Any, prompt: Prompt, response: Response, sampling
     never = torch.tensor(placeholder_ids(model.config), dtype=torch.int64)
     logits = response_logits(model, prompt, response).index_fill(-1, never, -torch.inf)
     return processed_log_probs(logits, sampling).gather(1, response.token_ids[:, None])[:, 0].float()
+
+
+def assert_log_probs(model: Any, prompt: Prompt, response: Response, sampling: Sampling, tolerance: float) -> None:
+    """Each is the reference's; of a token at the edge of ``min_p`` or ``top_p``, that with the edge on either side."""
+    factors = (1 - 2 * tolerance, 1, 1 + 2 * tolerance)
+    edges = [
+        dataclasses.replace(sampling, min_p=sampling.min_p * low, top_p=min(1.0, sampling.top_p * high))
+        for low, high in itertools.product(factors, factors)
+    ]
+    expected = torch.stack([reference_log_probs(model, prompt, response, one) for one in edges])
+    gaps = (expected - response.log_probs).abs().amin(0)
+    assert bool((gaps <= tolerance).all()), (response.log_probs, expected[len(edges) // 2])
 
 
 def assert_drawn_from(tokens: Tensor, probs: Tensor) -> None:
@@ -279,9 +292,8 @@ class EngineContract:
         groups = engine.generate(prompts, sampling, [[1, 2, 3], [4, 5], [6]])
         for asked, group in zip(prompts, groups):
             for response in group:
-                expected = reference_log_probs(world().model, asked, response, sampling)
                 assert response.log_probs.dtype == torch.float32
-                assert torch.allclose(response.log_probs, expected, atol=self.tolerance)
+                assert_log_probs(world().model, asked, response, sampling, self.tolerance)
 
     @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_p": 0.7}], ids=str)
     def test_tokens_are_drawn_as_often_as_the_distribution_says(self, engine, options):

@@ -64,7 +64,7 @@ class TestQwenVLOnCuda(MediaContract):
     family = "qwen2_5_vl"
     make = staticmethod(TransformersEngine)
     device = torch.device("cuda:0")
-    tolerance = 1e-4
+    tolerance = 2e-3  # cuDNN computes the convolution over patches in TF32
 
 
 @pytest.mark.gpu

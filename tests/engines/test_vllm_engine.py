@@ -85,6 +85,17 @@ def test_a_tied_head_follows_the_embedding_that_is_pushed_for_both(tied):
         assert tied.fingerprint(names) == dict.fromkeys(names, print_of)
 
 
+def test_in_bfloat16_every_weight_is_found_as_it_was_pushed():
+    """Biases too, which vLLM keeps in float32 on a CPU."""
+    engine = VLLMEngine(dtype="bfloat16", enforce_eager=True, gpu_memory_utilization=0.2)
+    engine.start(world().config, world().tokenizer, DEVICE)
+    noise = torch.Generator().manual_seed(0)
+    weights = [(name, torch.randn(w.shape, generator=noise).bfloat16().to(DEVICE)) for name, w in world().weights()]
+    engine.update_weights(weights, 0)
+    assert engine.fingerprint([name for name, _ in weights]) == {name: fingerprint(w) for name, w in weights}
+    engine.close()
+
+
 def test_options_that_the_engine_sets_itself_are_refused():
     with pytest.raises(ValueError, match="load_format"):
         make(options={"load_format": "auto"})

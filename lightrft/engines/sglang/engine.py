@@ -52,7 +52,8 @@ class SGLangEngine(CheckedEngine):
     not offered: SGLang does not quantise anew what is pushed.
 
     Args:
-        dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's.
+        dtype: what the weights are kept and computed in, on a GPU not float32; ``None`` takes the config's, which is the
+            trainer's.
         mem_fraction_static: share of the device's memory that weights and cache may take while awake.
         attention_backend: SGLang's kernels for attention; ``None`` is ``triton``, which needs no compiler for CUDA, and
             on a CPU, where SGLang serves to try things out, ``torch_native``.
@@ -94,6 +95,8 @@ class SGLangEngine(CheckedEngine):
                 f"SGLangEngine computes on CUDA devices, or for trials on a CPU, but not on {self._device}."
             )
         model = build(config, self._wanted_dtype, torch.device("meta"))
+        if self._device.type == "cuda" and model.dtype == torch.float32:
+            raise EngineError("SGLang's kernels for GPUs take no float32; set dtype to bfloat16 or float16.")
         self._manifest = Manifest(model)
         self._model_dtype = model.dtype
         self._embedded = int(model.get_input_embeddings().num_embeddings)

@@ -85,9 +85,11 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
     Raises:
         EngineError: a name that the model has no weight for.
     """
-    model, taken = worker.model_runner.model, Fingerprints()
+    model, taken, dtype = worker.model_runner.model, Fingerprints(), worker.model_runner.model_config.dtype
     for name in names:
         weight, scale = _held(model, name.removesuffix("_scale"))
+        if weight.dtype.itemsize > dtype.itemsize:  # as pushed, and kept wider: biases on a CPU
+            weight = weight.to(dtype)
         tensor = scale if name.endswith("_scale") else weight
         if tensor is None:
             raise _no_weight(model, name)

@@ -1,0 +1,195 @@
+"""Text and images over 8 ranks: the time of an update with rows where they were sampled and where they balance.
+
+    python benchmarks/balance_media.py [--shape 2b] [--device cuda]
+    python benchmarks/balance_media.py --sample        # draw the mix anew first: the same again, from a seed
+
+Each rank's share is computed in turn on one GPU, forward and backward of every micro-batch timed by itself, and the step
+is what the slowest takes: of the whole update where ranks wait for each other once (``ddp``), of every micro-step where
+they shard the model (``fsdp2``). Reads ``benchmarks/results/media_mix.json``; prints a JSON line a plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from balance import Steps, where_sampled
+from rollout import make_tokenizer
+from torch import Tensor
+
+from lightrft.lightning_modules import ActorModule
+from lightrft.ops import busiest_over_mean, loads, micro_steps, pack
+from lightrft.samples import MediaItem, Reading
+from lightrft.sequence_cost import SequenceCost
+
+MIX = Path(__file__).parent / "results" / "media_mix.json"
+RANKS, GROUPS, SAMPLES = 8, 64, 8
+BUDGET = 12288  # tokens of a micro-batch
+IMAGE_TOKEN, MERGED, PATCH = 151655, 2, 3 * 2 * 14 * 14  # patches of a side that are one token; numbers in a patch
+# Of the decoder and of the tower, in Qwen2-VL's shapes.
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tiny": (
+        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"embed_dim": 64, "depth": 2, "num_heads": 2, "hidden_size": 128},
+    ),
+    "2b": (
+        {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+        {"embed_dim": 1280, "depth": 32, "num_heads": 16, "hidden_size": 1536},
+    ),
+}
+
+
+def sample() -> list[dict[str, Any]]:
+    """Groups as reasoning over figures shows them: every second has images, of any size; responses are long-tailed."""
+    generator, groups = random.Random(0), []
+    for number in range(GROUPS):
+        text = min(512, max(32, round(generator.lognormvariate(math.log(120), 0.5))))
+        images = []
+        if number % 2:
+            for _ in range(generator.choices((1, 2, 3, 4), (6, 2, 1, 1))[0]):
+                side = math.exp(generator.uniform(math.log(16), math.log(72)))  # patches: 224 to 1008 pixels
+                shape = generator.uniform(0.7, 1.4)
+                images.append([2 * max(4, round(side * factor / 2)) for factor in (shape, 1 / shape)])
+        typical = generator.lognormvariate(math.log(500), 0.8)
+        drawn = [typical * generator.lognormvariate(0.0, 0.5) for _ in range(SAMPLES)]
+        groups.append({"text": text, "images": images, "responses": [min(4096, max(16, round(d))) for d in drawn]})
+    generator.shuffle(groups)
+    return groups
+
+
+def make_actor(shape: str, device: str, folder: Path) -> ActorModule:
+    text, vision = SHAPES[shape]
+    sections = [16, 24, 24] if shape != "tiny" else [4, 6, 6]
+    make_tokenizer().save_pretrained(folder)
+    config = {
+        "model_type": "qwen2_vl",
+        "tie_word_embeddings": True,
+        "image_token_id": IMAGE_TOKEN,
+        "dtype": "bfloat16",
+        "text_config": {
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "max_position_embeddings": 16384,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+            **text,
+        },
+        "vision_config": {"in_channels": 3, "patch_size": 14, "spatial_merge_size": MERGED, **vision},
+    }
+    actor = ActorModule(config=config, tokenizer=str(folder), gradient_checkpointing=True)
+    torch.manual_seed(0)
+    with torch.device(device):
+        actor.configure_model()
+    return actor.to(device, torch.bfloat16).train()
+
+
+def read(group: dict[str, Any]) -> Reading:
+    """Features without content, made when they are computed: only their number counts."""
+    items = []
+    for height, width in group["images"]:
+        tokens = height * width // MERGED**2
+        features = {
+            "pixel_values": torch.zeros(1, PATCH).expand(height * width, PATCH),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+        }
+        types = {"mm_token_type_ids": torch.ones(tokens, dtype=torch.int64)}
+        items.append(MediaItem("images", torch.full((tokens,), IMAGE_TOKEN), types, features))
+    text = torch.full((group["text"],), 5)
+    # Text before each image, as two side by side could not be told apart.
+    pieces = [piece for item in items for piece in (text[:2], item.token_ids)]
+    ids = torch.cat([*pieces, text])
+    types = {"mm_token_type_ids": (ids == IMAGE_TOKEN).long()} if items else {}
+    return Reading(ids, types, items)
+
+
+def compute(actor: ActorModule, rows: list[tuple[Reading, int]], device: str) -> float:
+    """Seconds of a micro-batch, forward and backward."""
+    if not rows:
+        return 0.0
+    sequences = [torch.cat([reading.token_ids, torch.full((length,), 7)]) for reading, length in rows]
+    prompts = torch.tensor([len(reading.token_ids) for reading, _ in rows])
+    lengths = torch.tensor([length for _, length in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    packed = pack(sequences, prompts, mask, [reading for reading, _ in rows]).to(torch.device(device))
+    start = _now(device)
+    log_probs, _ = actor(*packed.inputs)
+    log_probs.sum().backward()
+    took = _now(device) - start
+    actor.zero_grad(set_to_none=True)
+    return took
+
+
+def _now(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", action="store_true", help="draw the mix anew")
+    parser.add_argument("--shape", choices=SHAPES, default="2b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--groups", type=int, default=GROUPS, help="fewer, as a rehearsal")
+    parser.add_argument("--plan-only", action="store_true", help="compute nothing: counted work alone")
+    arguments = parser.parse_args()
+    if arguments.sample:
+        lines = ",\n".join(json.dumps(group) for group in sample())
+        MIX.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    groups = json.loads(MIX.read_text(encoding="utf-8"))[: arguments.groups]
+    rows = [(reading, length) for group in groups for reading in [read(group)] for length in group["responses"]]
+    tokens = [len(reading.token_ids) + length for reading, length in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        actor = make_actor(arguments.shape, "meta" if arguments.plan_only else arguments.device, Path(folder))
+    cost = SequenceCost.of(actor.transformer)
+    costs = [cost(length, reading) for length, (reading, _) in zip(tokens, rows)]
+    of_text = [cost.decoder(length) for length in tokens]
+    plans = {
+        "own rows": where_sampled(tokens, RANKS, BUDGET),
+        "balanced by tokens": micro_steps(of_text, tokens, RANKS, BUDGET),
+        "balanced": micro_steps(costs, tokens, RANKS, BUDGET),
+    }
+    if not arguments.plan_only:
+        for part in plans["balanced"][0]:  # compiles and sizes
+            compute(actor, [rows[row] for row in part], arguments.device)
+    for name, plan in plans.items():
+        print(json.dumps({"plan": name, **figures(plan, costs, tokens, rows, actor, arguments)}), flush=True)
+
+
+def figures(
+    plan: Steps, costs: list[float], tokens: list[int], rows: list[Any], actor: ActorModule, arguments: Any
+) -> dict[str, Any]:
+    """Counted work and measured seconds: of the slowest rank, and of the slowest of every micro-step."""
+    counted = loads(costs, plan)
+    totals = [sum(of_rank) for of_rank in zip(*counted)]
+    found = {
+        "shape": arguments.shape, "ranks": RANKS, "rows": len(rows), "tokens": sum(tokens), "micro_steps": len(plan),
+        "counted_rank": round(max(totals) * RANKS / sum(totals), 4),
+        "counted_micro_step": round(busiest_over_mean(counted), 4),
+    }  # fmt: skip
+    if arguments.plan_only:
+        return found
+    # Step by step: what the card does otherwise meets all ranks alike.
+    seconds = [[compute(actor, [rows[row] for row in part], arguments.device) for part in step] for step in plan]
+    ranks = [sum(of_rank) for of_rank in zip(*seconds)]
+    mean = sum(ranks) / RANKS
+    return found | {
+        "device": torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu",
+        "seconds_of_ranks": [round(one, 3) for one in ranks],
+        "rank": round(max(ranks) / mean, 4),
+        "micro_step": round(sum(map(max, seconds)) / mean, 4),
+        "ddp_seconds": round(max(ranks), 3),
+        "fsdp2_seconds": round(sum(map(max, seconds)), 3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if arguments.device != "cpu" else None,
+    }
+
+
+if __name__ == "__main__":
+    main()
