@@ -35,7 +35,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
 }
-PARTS = ("speed", "sleep", "bf16", "fp8")
+PARTS = ("speed", "sleep", "bf16", "fp8", "fp8_kv")
+SHARE = 0.25  # of the device's memory, where speed does not count
 
 
 def make_model(shape: str, device: str) -> Any:
@@ -222,10 +223,9 @@ def sleep(arguments: argparse.Namespace) -> None:
     )
 
 
-def sync(arguments: argparse.Namespace, **settings: Any) -> None:
+def sync(arguments: argparse.Namespace, label: str, **settings: Any) -> None:
     """Is one skipped update at lr 1e-6 seen? Do probe, push and outputs agree with an engine started from the same?"""
-    label = settings.get("quantization") or "bf16"
-    bench = Bench(arguments, **settings)
+    bench = Bench(arguments, gpu_memory_utilization=SHARE, **settings)
     engine, weights = bench.engine, dict(bench.model.named_parameters())
 
     def unequal() -> tuple[int, float]:
@@ -267,8 +267,9 @@ def sync(arguments: argparse.Namespace, **settings: Any) -> None:
         asked = Path(folder, "asked.json")
         asked.write_text(json.dumps([prompt.token_ids.tolist() for prompt in bench.prompts]))
         engine.close()
-        command = [sys.executable, __file__, "fresh", "--folder", folder, "--quantization", str(label), "--tokens"]
+        command = [sys.executable, __file__, "fresh", "--folder", folder, "--quantization", label, "--tokens"]
         command += [str(sampling.max_new_tokens), *(["--eager"] if arguments.eager else [])]
+        command += ["--cache", str(settings.get("kv_cache_dtype", "auto"))]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(done.stderr[-3000:], flush=True)
@@ -307,12 +308,13 @@ def fresh(arguments: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     folder = Path(arguments.folder)
-    quantization = "fp8_per_channel" if arguments.quantization == "fp8" else None
+    quantization = "fp8_per_channel" if arguments.quantization.startswith("fp8") else None
     llm = LLM(
         model=str(folder),
         dtype="bfloat16",
         quantization=quantization,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=SHARE,
+        kv_cache_dtype=arguments.cache,
         skip_tokenizer_init=True,
         generation_config="vllm",
         enforce_eager=arguments.eager or arguments.tokens == 16,
@@ -342,6 +344,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: starts in a quarter of the time")
     parser.add_argument("--folder")
     parser.add_argument("--quantization")
+    parser.add_argument("--cache", default="auto")
     parser.add_argument("--tokens", type=int, default=64)
     arguments = parser.parse_args()
     if len(arguments.parts) > 1:
@@ -352,8 +355,9 @@ def main() -> None:
     work = {
         "speed": speed,
         "sleep": sleep,
-        "bf16": sync,
-        "fp8": lambda arguments: sync(arguments, quantization="fp8"),
+        "bf16": lambda arguments: sync(arguments, "bf16"),
+        "fp8": lambda arguments: sync(arguments, "fp8", quantization="fp8"),
+        "fp8_kv": lambda arguments: sync(arguments, "fp8_kv", quantization="fp8", kv_cache_dtype="fp8"),
         "fresh": fresh,
     }
     work[arguments.parts[0]](arguments)

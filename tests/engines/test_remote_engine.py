@@ -170,7 +170,7 @@ class TestRemoteEngine(Served):
 class TestRemoteEngineOnTheSameGPU(Served):
     """Weights go through host memory."""
 
-    tolerance = 2e-3
+    tolerance = 5e-3  # vLLM's attention kernel rounds to 19 bits
     device = torch.device("cuda", 0)
     options = ("--gpu-memory-utilization", "0.3", "--enable-sleep-mode")
 
@@ -180,7 +180,7 @@ class TestRemoteEngineOnTheSameGPU(Served):
 class TestRemoteEngineOnAnotherGPU(Served):
     """Weights go by NCCL."""
 
-    tolerance = 2e-3
+    tolerance = 5e-3  # vLLM's attention kernel rounds to 19 bits
     device = torch.device("cuda", 0)
     options = ("--gpu-memory-utilization", "0.3", "--enable-sleep-mode")
     variables = (("CUDA_VISIBLE_DEVICES", "1"),)

@@ -20,7 +20,7 @@ from lightrft.engines import EngineError, OwnProcess, SGLangEngine
 from lightrft.ops.fingerprint import fingerprint
 from lightrft.samples import FIRE, Sampling
 
-from .contract import EngineContract, assert_log_probs, ids_of, prompt, world
+from .contract import EngineContract, assert_log_probs, drawn_from, ids_of, prompt, world
 
 PYTHON = os.environ.get("LIGHTRFT_SGLANG_PYTHON")
 SITE = list(filter(None, os.environ.get("LIGHTRFT_SGLANG_SITE", "").split(os.pathsep)))
@@ -146,7 +146,7 @@ def test_split_over_two_it_holds_tied_weights_and_draws_by_them(monkeypatch: pyt
     assert split.fingerprint(list(expected)) == expected
     sampling = Sampling(max_new_tokens=12, temperature=0.8)
     for response in split.generate([prompt(5)], sampling, [range(8)])[0]:
-        assert_log_probs(model, prompt(5), response, sampling, tolerance)
+        assert_log_probs(response, drawn_from(model, prompt(5), response), sampling, tolerance)
     split.close()
 
 

@@ -66,6 +66,7 @@ def test_what_breaks_off_at_the_trainer_breaks_off_at_the_worker_and_the_next_pu
     arrived = thread.submit(received, worker)
     with pytest.raises(ConnectionError):
         trainer.send(broken(), nobody_ended)
+    assert not trainer.lost
     with pytest.raises(EngineError, match="broke the push off: rank 3 is gone"):
         arrived.result()
     arrived = thread.submit(received, worker)
@@ -82,6 +83,7 @@ def test_a_trainer_that_waits_in_vain_says_so(ends):
     big = torch.zeros(64 << 20)  # more than is on its way unread
     with pytest.raises(EngineError, match="ended early"):
         trainer.send([("big", big)], ended)
+    assert trainer.lost
 
 
 def test_a_worker_that_never_comes_or_cannot_come_is_said_with_the_address():

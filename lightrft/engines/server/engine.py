@@ -257,13 +257,26 @@ class RemoteEngine(CheckedEngine):
                 except ChannelBroken as error:
                     finish()  # which knows more of it, mostly
                     raise EngineError(f"vLLM at {self._server.url} was lost while it took weights: {error}") from error
+                except BaseException:
+                    if not channel.lost:  # it was told that no more comes
+                        with suppress(Refused):
+                            finish()
+                    raise
                 finish()
             self._server.ask("/finish_weight_update")
         except BaseException:
-            self._disconnect()
+            self._break_off(channel)
             raise
         if "cache" not in self._asleep:
             self._server.ask("/resume")
+
+    def _break_off(self, channel: WeightChannel) -> None:
+        """Leave the way there as the next push needs it."""
+        if channel.lost:
+            self._disconnect()
+        else:
+            with suppress(EngineError):
+                self._server.ask("/finish_weight_update")
 
     def _connected(self) -> WeightChannel:
         """The way to the server, where no update is under way any more.

@@ -75,6 +75,7 @@ class WeightChannel:
 
     Attributes:
         place: where the trainer's end is.
+        lost: whether the two ends may wait for different things from now on.
     """
 
     def __init__(self, store: dist.TCPStore, place: Place, rank: int, device: torch.device, own_address: str) -> None:
@@ -84,6 +85,7 @@ class WeightChannel:
         with _broken():
             self._group = _group(store, place, rank, own_address)
         self._turn = 0
+        self.lost = False
 
     @classmethod
     def open(cls, store: dist.TCPStore, place: Place, device: torch.device, watch: Watch) -> WeightChannel:
@@ -142,6 +144,7 @@ class WeightChannel:
                 under_way = self._broadcast(buckets[turn % 2], pieces)
             self._wait(under_way, watch)
         except BaseException as error:
+            self.lost = self.lost or not isinstance(error, Exception)
             self._announce(broken=str(error) or type(error).__name__)
             raise
         self._announce()
@@ -201,7 +204,8 @@ class WeightChannel:
         """Until a broadcast is done."""
         if work is None:
             return
-        begun = looked = time.monotonic()
+        self.lost, begun = True, time.monotonic()
+        looked = begun
         while not work.is_completed():
             now = time.monotonic()
             if now - begun > self._timeout_seconds:
@@ -212,6 +216,7 @@ class WeightChannel:
             time.sleep(0.0002 if now - begun < _LOOK_SECONDS else 0.002)
         with _broken():
             work.wait()
+        self.lost = False
 
 
 @contextmanager
