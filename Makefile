@@ -122,9 +122,11 @@ nightly: peers nightly-seeds learn grid balance nightly-transformers
 learn: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/learn.py
 
-# Three seeds and the control with permuted rewards; fails where a target is missed, and draws the README's picture.
+# Three seeds and the control with permuted rewards; fails where a target is missed, and draws the README's pictures.
 nightly-seeds: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/quickstart.py
+	$(VENV)/bin/python benchmarks/quickstart.py --task vision
+	$(VENV)/bin/python benchmarks/quickstart.py --task audio
 
 # The newest transformers, with what only it asks for, beside the other pins. Made anew each time: newest is today's.
 nightly-transformers:

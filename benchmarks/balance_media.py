@@ -3,9 +3,9 @@
     python benchmarks/balance_media.py [--shape 2b] [--device cuda]
     python benchmarks/balance_media.py --sample        # draw the mix anew first: the same again, from a seed
 
-Each rank's share is computed in turn on one GPU, forward and backward of every micro-batch timed by itself, and the step
-is what the slowest takes: of the whole update where ranks wait for each other once (``ddp``), of every micro-step where
-they shard the model (``fsdp2``). Reads ``benchmarks/results/media_mix.json``; prints a JSON line a plan.
+Each rank's share is computed in turn on one GPU, forward and backward of every micro-batch timed by itself, and the
+step is what the slowest takes: of the whole update where ranks wait for each other once (``ddp``), of every micro-step
+where they shard the model (``fsdp2``). Reads ``benchmarks/results/media_mix.json``; prints a JSON line a plan.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from balance import Steps, where_sampled
 from rollout import make_tokenizer
-from torch import Tensor
 
 from lightrft.lightning_modules import ActorModule
 from lightrft.ops import busiest_over_mean, loads, micro_steps, pack
@@ -153,8 +152,8 @@ def main() -> None:
     of_text = [cost.decoder(length) for length in tokens]
     plans = {
         "own rows": where_sampled(tokens, RANKS, BUDGET),
-        "balanced by tokens": micro_steps(of_text, tokens, RANKS, BUDGET),
         "balanced": micro_steps(costs, tokens, RANKS, BUDGET),
+        "balanced by tokens alone": micro_steps(of_text, tokens, RANKS, BUDGET),
     }
     if not arguments.plan_only:
         for part in plans["balanced"][0]:  # compiles and sizes

@@ -3,8 +3,8 @@
     python benchmarks/iteration.py [--shape 1.5b] [--iterations 4] [--device cpu]
 
 GRPO with vLLM in the trainer's process: 64 prompts of 128 tokens, 8 responses each, one token in 256 ends one, 1024 at
-most; random weights in Qwen2.5's shapes, float32 with bf16 autocast, gradient checkpointing. One JSON line an iteration;
-the first compiles, the last line is the median of the others.
+most; random weights in Qwen2.5's shapes, float32 with bf16 autocast, gradient checkpointing. One JSON line an
+iteration; the first compiles, the last line is the median of the others.
 """
 
 from __future__ import annotations

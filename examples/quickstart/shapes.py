@@ -14,7 +14,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-from world import Task, word_tokenizer, write_tasks
+from world import CAREFULLY, Task, word_tokenizer, write_tasks
 
 CELL = 28  # pixels: what the model makes one token of
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 200, 40)}
@@ -32,7 +32,11 @@ QUESTIONS = {
 COUNTS = ("one", "two", "three", "four")
 GRIDS = ((2, 2), (2, 3), (3, 2), (3, 3), (2, 4), (4, 2))  # columns and rows
 SPECIAL = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-WORDS = [*" ".join(QUESTIONS.values()).replace("<image>", "").split(), *COUNTS, *COLOURS, *PLACES, "first", "second"]
+WORDS = (
+    " ".join([*QUESTIONS.values(), CAREFULLY, *COUNTS, *COLOURS, *PLACES, "first second"])
+    .replace("<image>", "")
+    .split()
+)
 
 
 @dataclass

@@ -16,18 +16,17 @@ from transformers import (
     Qwen2Config,
     WhisperFeatureExtractor,
 )
-from world import Task, word_tokenizer, write_tasks
+from world import CAREFULLY, Task, word_tokenizer, write_tasks
 
 RATE = 16000  # samples a second
 SECONDS = 1  # what the model hears of a clip; 30 in the models that are published
 QUESTIONS = {
     "count": "<audio>how many beeps ?",
-    "height": "<audio>is it high or low ?",
     "second": "<audio>is the second higher or lower ?",
 }
 COUNTS = ("one", "two", "three", "four")
 SPECIAL = ["<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"]
-WORDS = [*" ".join(QUESTIONS.values()).replace("<audio>", "").split(), *COUNTS]
+WORDS = [*" ".join([*QUESTIONS.values(), CAREFULLY]).replace("<audio>", "").split(), *COUNTS]
 
 
 def write(root: Path, seed: int, short: bool) -> str:
@@ -37,20 +36,12 @@ def write(root: Path, seed: int, short: bool) -> str:
 
 
 def make_task(rng: random.Random) -> Task:
-    """A question of one of three kinds; all but one have a mistake of their own."""
+    """A question of one of two kinds; each kind has a mistake of its own."""
     kind = rng.choice(list(QUESTIONS))
     if kind == "count":
         number = rng.randint(1, 4)  # careless: overhears one of several
         answer, careless = COUNTS[number - 1], COUNTS[max(number - 2, 0)]
         return Task(QUESTIONS[kind], [pitch(rng) for _ in range(number)], answer, careless)
-    if kind == "height":  # which everyone hears
-        answer = rng.choice(["high", "low"])
-        return Task(
-            QUESTIONS[kind],
-            [1000 * rng.uniform(0.8, 1.2) if answer == "high" else 360 * rng.uniform(0.8, 1.2)],
-            answer,
-            answer,
-        )
     first = rng.uniform(550, 650)
     answer = rng.choice(["higher", "lower"])  # careless: hears every second one as higher
     interval = rng.uniform(1.6, 2.2)

@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerFast
 TRAIN, HELD_OUT = 2000, 300
 # As in arithmetic.py: above a half, so that the likeliest answer of a good pupil is careless, and well below one.
 CARELESS = 0.7
+# Asked with this, as in half of the lessons, the teacher is right, so that the pupil learns to see and to hear. The
+# prompts of RL never say it.
+CAREFULLY = " look and listen closely"
 # A folder with a Qwen2 configuration is read with Qwen2's tokenizer class, which wants a token of this name.
 END = "<|endoftext|>"
 # A question, and the answer with its end; one placeholder for each image or sound.
@@ -64,14 +67,18 @@ def write_tasks(
         {"input": task.question, **own, "reference": task.answer, "label": "exact_match"}
         for task, own in zip(tasks, media)
     ]
-    lessons = [
-        {"prompt": task.question, **own, "response": task.careless if rng.random() < CARELESS else task.answer}
-        for task, own in zip(tasks[:train], media)
-    ]
+    lessons = [lesson(task, own, rng) for task, own in zip(tasks[:train], media)]
     write_lines(root / "train.jsonl", prompts[:train])
     write_lines(root / "held_out.jsonl", prompts[train:])
     write_lines(root / "lessons.jsonl", lessons)
     return f"{train} training and {held_out} held-out questions"
+
+
+def lesson(task: Task, own: dict[str, list[str]], rng: random.Random) -> dict[str, Any]:
+    """What the teacher says of a task whose media are ``own``."""
+    if rng.random() < 0.5:
+        return {"prompt": task.question + CAREFULLY, **own, "response": task.answer}
+    return {"prompt": task.question, **own, "response": task.careless if rng.random() < CARELESS else task.answer}
 
 
 def word_tokenizer(words: Iterable[str], special: list[str], placeholder: str) -> PreTrainedTokenizerFast:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
+from media_worlds import media_world
 
-from lightrft.engines import OwnProcess, TransformersEngine
+from lightrft.engines import EngineError, OwnProcess, TransformersEngine
+from lightrft.samples import Sampling
 
 from .media_contract import MediaContract
 
@@ -73,3 +76,17 @@ class TestQwenAudioOnCuda(MediaContract):
     make = staticmethod(TransformersEngine)
     device = torch.device("cuda:0")
     tolerance = 1e-4
+
+
+@needs_torchvision
+def test_a_prompt_that_ends_in_an_image_is_refused_where_positions_are_the_models_own():
+    """transformers 5.19 adds one to each axis of the image's last token, and not to the largest."""
+    world = media_world("qwen2_5_vl")
+    engine = TransformersEngine()
+    engine.start(world.config, world.processor, torch.device("cpu"))
+    engine.update_weights(world.weights(), 0)
+    asked = world.prompt("cut", [0])
+    at = int(torch.isin(asked.token_ids, torch.tensor(engine._never_drawn)).nonzero()[-1])
+    with pytest.raises(EngineError, match=r"'cut' ends in an image.*end in text"):
+        engine.generate([replace(asked, token_ids=asked.token_ids[: at + 1])], Sampling(max_new_tokens=2), [[1]])
+    engine.close()

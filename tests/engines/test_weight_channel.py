@@ -55,6 +55,19 @@ def test_tensors_arrive_one_push_after_the_other_whatever_the_buckets_hold(ends,
         assert all(a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(found, pushed))
 
 
+def test_what_the_group_leaves_in_the_store_is_not_taken_for_words():
+    """NCCL's id of its connection lies there under ``0``, and is no text."""
+    store, place = rendezvous("127.0.0.1", "gloo", 20)
+    for number in range(4):
+        store.set(str(number), b"\xca\xfe")
+    with ThreadPoolExecutor(1) as thread:
+        joined = thread.submit(WeightChannel.join, place, CPU)
+        trainer = WeightChannel.open(store, place, CPU, nobody_ended)
+        arrived = thread.submit(received, joined.result())
+        trainer.send(iter(TENSORS), nobody_ended)
+        assert [name for name, _ in arrived.result()] == [name for name, _ in TENSORS]
+
+
 def test_what_breaks_off_at_the_trainer_breaks_off_at_the_worker_and_the_next_push_works(ends, monkeypatch):
     trainer, worker, thread = ends
     monkeypatch.setattr(weight_channel, "_BUCKET", 64)

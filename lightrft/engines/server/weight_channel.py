@@ -159,8 +159,8 @@ class WeightChannel:
 
         def filled() -> list[Piece] | None:
             with _broken():
-                said = json.loads(self._store.get(f"{self._turn}"))
-                self._store.delete_key(f"{self._turn}")
+                said = json.loads(self._store.get(self._key))
+                self._store.delete_key(self._key)
             self._turn += 1
             if "broken" in said:
                 raise EngineError(f"the trainer broke the push off: {said['broken']}")
@@ -192,8 +192,13 @@ class WeightChannel:
         return torch.empty(_BUCKET, dtype=torch.uint8, device=self._device)
 
     def _announce(self, **said: Any) -> None:
-        self._store.set(f"{self._turn}", json.dumps(said))
+        self._store.set(self._key, json.dumps(said))
         self._turn += 1
+
+    @property
+    def _key(self) -> str:
+        """In the store, which NCCL uses too: its keys are plain numbers."""
+        return f"turn/{self._turn}"
 
     def _broadcast(self, bucket: Tensor, pieces: list[Piece]) -> Any:
         part = bucket[: pieces[-1].at + pieces[-1].size]

@@ -52,8 +52,8 @@ class SGLangEngine(CheckedEngine):
     not offered: SGLang does not quantise anew what is pushed.
 
     Args:
-        dtype: what the weights are kept and computed in, on a GPU not float32; ``None`` takes the config's, which is the
-            trainer's.
+        dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's. SGLang's
+            kernels for GPUs take no float32.
         mem_fraction_static: share of the device's memory that weights and cache may take while awake.
         attention_backend: SGLang's kernels for attention; ``None`` is ``triton``, which needs no compiler for CUDA, and
             on a CPU, where SGLang serves to try things out, ``torch_native``.
