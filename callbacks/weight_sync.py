@@ -218,7 +218,7 @@ def _with_media(model: Any, ids: Tensor) -> list[Prompt]:
     """One with each kind of media that the model takes, within the text ``ids``: the same at every sync, as that is."""
     if model.media is None:
         return []
-    return [replace(model.media.example(ids, [kind]), uid=f"probe/{kind}") for kind in sorted(model.media.kinds)]
+    return [replace(model.media.example(ids, [kind]), uid=f"probe/{kind}") for kind in sorted(model.media.apart)]
 
 
 def _compare_fingerprints(pushed: dict[str, Fingerprint], held: dict[str, Fingerprint], version: int) -> None:

@@ -220,9 +220,9 @@ class ActorModule(LanguageBackbone):
         return log_p.gather(-1, torch.cat([one.input_ids[1:] for one in alone])[:, None]), float(log_p.std())
 
     def _examples(self, before: Tensor, after: Tensor) -> list[Reading]:
-        if self.media is None or not self.media.kinds:
+        if self.media is None or not self.media.apart:
             return []
-        reading = self.media.read(self.media.example(before.cpu(), self.media.kinds)).to(before.device)
+        reading = self.media.read(self.media.example(before.cpu(), self.media.apart)).to(before.device)
         return [replace(reading, token_ids=torch.cat([reading.token_ids, after]))]
 
     # --- supervised training under Lightning's Trainer ---------------------------------------------------------------
@@ -273,7 +273,10 @@ class ActorModule(LanguageBackbone):
 
         Ranks wait for each other's gradients of every weight, those of a tower too, whatever their own records hold.
         """
-        least = stand_in(self.media, part.readings, self.media.kinds if self.media is not None else frozenset())
+        kinds: frozenset[str] = frozenset()
+        if self.media is not None:  # sharded weights are gathered for each kind that is looked at
+            kinds = self.media.kinds if self.device_mesh is not None else self.media.apart
+        least = stand_in(self.media, part.readings, kinds)
         return part if least is None else part.joined(least.to(self.device))
 
     def _negative_log_prob(self, packed: Packed) -> Tensor:

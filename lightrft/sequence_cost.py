@@ -38,6 +38,9 @@ class Tower:
 
     def _lengths(self, item: MediaItem) -> Sequence[int]:
         """Tokens of the tower that attend to each other, for each part of an item."""
+        grid = item.features.get("video_grid_thw")
+        if grid is not None:  # whose frames are seen each by itself
+            return [height * width for frames, height, width in grid.tolist() for _ in range(frames)]
         given = [tensor for tensor in item.features.values() if tensor.is_floating_point()]
         return max((self._tokens(tensor) for tensor in given), key=sum, default=[])
 
@@ -80,7 +83,7 @@ class SequenceCost:
             vocabulary=config.vocab_size,
         )
         weights = layers * heads * head_size / decoder.attention  # which is that of so many
-        towers = {"images": "vision_config", "audios": "audio_config"}
+        towers = {"images": "vision_config", "videos": "vision_config", "audios": "audio_config"}
         found = {kind: _tower(model, getattr(model.config, name, None), weights) for kind, name in towers.items()}
         return cls(decoder, {kind: tower for kind, tower in found.items() if tower is not None})
 

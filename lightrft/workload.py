@@ -93,7 +93,7 @@ class Workload:
         """Of the media that any group has in each micro-step; in the last one all that the model reads."""
         rows = [[self._rows[number] for part in step for number in part] for step in plan]
         found = [frozenset(kind for row in step for kind in self._kinds_of(row)) for step in rows]
-        return [*found[:-1], self._media.kinds] if self._media is not None else found
+        return [*found[:-1], found[-1] | self._media.apart] if self._media is not None else found
 
     def _in_step(self, part: Batch, kinds: frozenset[str]) -> Batch:
         """A micro-batch with something of every kind, and with something at all."""

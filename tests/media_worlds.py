@@ -39,7 +39,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from lightrft.media import MediaProcessor
+from lightrft.media import MediaProcessor, metadata
 from lightrft.samples import Media, Prompt
 
 CONTEXT = 256
@@ -81,6 +81,16 @@ class MediaWorld:
     def weights(self) -> list[tuple[str, Tensor]]:
         return [(name, tensor.detach().clone()) for name, tensor in self.model.named_parameters()]
 
+    def moving(self, uid: str, which: list[int], films: list[int], length: int = 6) -> Prompt:
+        """:meth:`prompt`, and after its images videos."""
+        asked = self.prompt(uid, which, length)
+        own = self.processor.tokenizer.convert_tokens_to_ids(self.processor.video_token)
+        image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        film = [own if token == image else token for token in self.around] + [FIRST + 1]
+        media = Media(images=asked.media.images, videos=tuple(map(gif, films)))
+        ids = torch.cat([asked.token_ids, torch.tensor(film * len(films)), asked.token_ids[:1]])
+        return Prompt(uid, ids, "", media=media)
+
     def prompt(self, uid: str, which: list[int], length: int = 6) -> Prompt:
         """Text, and after each of its first tokens one of the media ``which``."""
         text = [FIRST + (len(uid) + 7 * i) % (VOCABULARY - FIRST) for i in range(length)]
@@ -93,6 +103,9 @@ class MediaWorld:
         text = "".join(self.processor.tokenizer.convert_ids_to_tokens(asked.token_ids.tolist()))
         decoded = MediaProcessor(self.processor).decoded(asked)
         given = {"images": decoded.get("image")} if decoded else {}
+        if "video" in decoded:
+            given["videos"] = [frames for frames, _ in decoded["video"]]
+            given["video_metadata"] = [metadata(*film) for film in decoded["video"]]
         if self.kind == "audios":
             given = {"audio": [samples for samples, _ in decoded.get("audio", [])] or None}
         return dict(self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **given))
@@ -105,6 +118,14 @@ def png(number: int) -> bytes:
     image.paste((255, 30 * number % 256, 0), (4 * number % 40, 7, 30 + 5 * number % 20, 40))
     file = io.BytesIO()
     image.save(file, "PNG")
+    return file.getvalue()
+
+
+def gif(number: int) -> bytes:
+    """As many frames as two that are joined, and one more, of two colours, a third of a second each."""
+    frames = [Image.open(io.BytesIO(png(number % 3 + 6 * at))) for at in range(4 + 2 * (number % 2))]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=333)
     return file.getvalue()
 
 

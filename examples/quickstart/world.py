@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 TRAIN, HELD_OUT = 2000, 300
 # As in arithmetic.py: above a half, so that the likeliest answer of a good pupil is careless, and well below one.
-CARELESS = 0.7
+CARELESS = 0.8
 # Asked with this, as in half of the lessons, the teacher is right, so that the pupil learns to see and to hear. The
 # prompts of RL never say it.
 CAREFULLY = " look and listen closely"

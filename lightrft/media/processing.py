@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lightrft.media.references import MediaError, audio, described, image
-from lightrft.media.smallest import beep, square
+from lightrft.media.smallest import beep, blinking, square
+from lightrft.media.video import metadata, video
 from lightrft.samples import PART_OF, Media, MediaItem, Prompt, Reading
 
 Made = TypeVar("Made")
 
-_SMALLEST: dict[str, Callable[[], bytes]] = {"images": square, "audios": beep}
+_SMALLEST: dict[str, Callable[[], bytes]] = {"images": square, "audios": beep, "videos": blinking}
 PER_TOKEN = "token_type_ids"
 """Ends the names of what a processor says of every token."""
 
@@ -67,6 +68,8 @@ class MediaProcessor:
         for kind, part in PART_OF.items():
             token: Any = getattr(processor, f"{part}_token", None)
             index = None if token is None else tokenizer.convert_tokens_to_ids(token)
+            if part == "video" and getattr(processor, "video_processor", None) is None:
+                continue
             if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
                 self._tokens[kind], self._ids[kind] = token, index
 
@@ -78,7 +81,12 @@ class MediaProcessor:
     @property
     def kinds(self) -> frozenset[str]:
         """Of media that are read, as :class:`~lightrft.samples.Media` names them."""
-        return frozenset(self._ids) - {"videos"}
+        return frozenset(self._ids)
+
+    @property
+    def apart(self) -> frozenset[str]:
+        """Kinds that weights of their own see or hear: video is seen by those that see images."""
+        return self.kinds - {"videos"} if "images" in self.kinds else self.kinds
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -117,9 +125,8 @@ class MediaProcessor:
         """
         for kind, part in PART_OF.items():
             given = len(getattr(prompt.media, kind))
-            if given and (kind not in self._tokens or kind == "videos"):
-                reads = "no video yet" if kind == "videos" else f"no {kind}: {self._name} has no token for them"
-                raise MediaError(f"Prompt {prompt.uid!r} has {given} {kind}, but LightRFT reads {reads}.")
+            if given and kind not in self._tokens:
+                raise MediaError(f"Prompt {prompt.uid!r} has {given} {kind}, but {self._name} has no token for them.")
             wanted = int((prompt.token_ids == self._ids[kind]).sum()) if kind in self._ids else 0
             if wanted != given:
                 raise MediaError(
@@ -128,7 +135,7 @@ class MediaProcessor:
                 )
 
     def decoded(self, prompt: Prompt) -> dict[str, list[Any]]:
-        """``image`` and ``audio`` to RGB ``PIL`` images and to ``(float32 array [N], rate)``.
+        """``image``, ``audio`` and ``video`` to RGB ``PIL`` images, ``(float32 array [N], rate)`` and :func:`video`'s.
 
         Raises:
             MediaError: an item that cannot be read; names the prompt, the item and why.
@@ -157,7 +164,9 @@ class MediaProcessor:
             name: torch.cat([piece.token_types.get(name, zero) for piece, zero in zip(pieces, zeros)]) for name in names
         }
         ids = torch.cat([piece.token_ids for piece in pieces])
-        return Reading(ids, types, [item for own in items.values() for item in own])
+        found = [item for own in items.values() for item in own]
+        self._check_order(prompt, [piece for piece in pieces if piece.kind in items], found)
+        return Reading(ids, types, found)
 
     def expand(self, mask: Tensor, token_ids: Tensor, reading: Reading) -> Tensor:
         """What is said of a prompt's tokens, said of its reading's: ``False`` on what the items became.
@@ -176,6 +185,17 @@ class MediaProcessor:
             counts[token_ids == index] = torch.tensor(sizes, dtype=counts.dtype)
             of_text[token_ids == index] = False
         return (mask & of_text).repeat_interleave(counts)
+
+    def _check_order(self, prompt: Prompt, placed: list[MediaItem], joined: list[MediaItem]) -> None:
+        """Features of one name are joined kind by kind, and must lie in the prompt in that order.
+
+        Raises:
+            MediaError: they do not; names the prompt.
+        """
+        for name in {name for item in joined for name in item.features}:
+            if [item for item in placed if name in item.features] != [one for one in joined if name in one.features]:
+                kinds = " before ".join(dict.fromkeys(item.kind for item in joined if name in item.features))
+                raise MediaError(f"Prompt {prompt.uid!r}: {self._name} takes {kinds}, and not between them.")
 
     def _pieces(self, token_ids: Tensor, items: dict[str, list[MediaItem]]) -> Iterator[MediaItem]:
         """Items, each where its placeholder stands, and the text between them."""
@@ -200,6 +220,8 @@ class MediaProcessor:
     def _decoded(self, kind: str, reference: Any) -> Any:
         if kind == "images":
             return image(reference)
+        if kind == "videos":
+            return video(reference)
         heard = getattr(self._processor, "audio_processor", None) or self._processor.feature_extractor
         rate, longest = int(heard.sampling_rate), getattr(heard, "n_samples", None)
         # Whisper's extractor, Qwen2-Audio's too, cuts what is longer and does not say so.
@@ -207,7 +229,7 @@ class MediaProcessor:
 
     def _item(self, kind: str, reference: Any) -> MediaItem:
         decoded = self._decoded(kind, reference)
-        given = {"images": [decoded]} if kind == "images" else {"audio": [decoded[0]], "sampling_rate": decoded[1]}
+        given = _ARGUMENTS[kind](decoded)
         with _in_float32():
             text = [self._tokens[kind]]
             made = dict(self._processor(text=text, add_special_tokens=False, return_tensors="pt", **given))
@@ -222,6 +244,15 @@ class MediaProcessor:
             token_types={name: made.pop(name)[0] for name in list(made) if name.endswith(PER_TOKEN)},
             features={name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)},
         )
+
+
+# What a processor is called with, besides the text.
+_ARGUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "images": lambda decoded: {"images": [decoded]},
+    "audios": lambda decoded: {"audio": [decoded[0]], "sampling_rate": decoded[1]},
+    # Processors choose among the frames, as they are configured.
+    "videos": lambda decoded: {"videos": [decoded[0]], "video_metadata": [metadata(*decoded)]},
+}
 
 
 def _any_text() -> Tensor:

@@ -48,21 +48,16 @@ def image(reference: Any) -> Any:
         raise ImportError(f"Images need Pillow ({error}); pip install 'lightning-rft[vision]'.") from error
     try:
         given = isinstance(reference, Image.Image)
-        opened: Any = reference if given else Image.open(_file(reference), formats=_FORMATS)
+        opened: Any = reference if given else Image.open(file_of(reference), formats=_FORMATS)
         width, height = opened.size
-        _check_size(width, height, Image.MAX_IMAGE_PIXELS)
+        check_size(width, height, Image.MAX_IMAGE_PIXELS)
         # Phones write previews and depth maps behind a photograph, as MPO.
         if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
             raise MediaError(f"it has {opened.n_frames} frames; give the one that is meant")
         if opened.mode not in _MODES:
             raise MediaError(f"its mode is {opened.mode}, deeper than 8 bits a channel; convert it to RGB")
         opened.load()
-        upright = ImageOps.exif_transpose(opened)
-        if "transparency" in upright.info or upright.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-            coloured = upright.convert("RGBA")
-            white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, coloured).convert("RGB")
-        return upright.convert("RGB")
+        return on_white(ImageOps.exif_transpose(opened))
     except MediaError:
         raise
     except UnidentifiedImageError as error:
@@ -70,6 +65,17 @@ def image(reference: Any) -> Any:
     # Decoders raise what they like on broken files: SyntaxError, struct.error, a bomb's own.
     except Exception as error:
         raise MediaError(f"{type(error).__name__}: {error}") from error
+
+
+def on_white(image: Any) -> Any:
+    """A ``PIL`` image in RGB, on white where it is transparent."""
+    from PIL import Image
+
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
 
 
 def audio(reference: Any, rate: int, most: int = _LARGEST) -> Tensor:
@@ -118,7 +124,7 @@ def _samples(reference: Any) -> tuple[Tensor, int]:
     if isinstance(reference, tuple):
         samples, rate = reference
         return torch.as_tensor(samples).detach().cpu().to(torch.float32), int(rate)
-    file = _file(reference)
+    file = file_of(reference)
     found = from_wav(file)
     if found is not None:
         return found
@@ -135,7 +141,12 @@ def _samples(reference: Any) -> tuple[Tensor, int]:
         return torch.from_numpy(opened.read(dtype="float32", always_2d=True)).mean(1), int(opened.samplerate)
 
 
-def _check_size(width: int, height: int, most: int | None) -> None:
+def check_size(width: int, height: int, most: int | None) -> None:
+    """Refuse an image without pixels, of more than ``most``, or too long and thin.
+
+    Raises:
+        MediaError: it is.
+    """
     if width * height == 0:
         raise MediaError(f"it has {width} x {height} pixels, none at all")
     if most is not None and width * height > most:
@@ -144,8 +155,12 @@ def _check_size(width: int, height: int, most: int | None) -> None:
         raise MediaError(f"it has {width} x {height} pixels, an aspect ratio above {_LONGEST_SIDE}")
 
 
-def _file(reference: Any) -> io.BytesIO:
-    """All bytes of a reference."""
+def file_of(reference: Any) -> io.BytesIO:
+    """All bytes of a reference.
+
+    Raises:
+        MediaError: there are none, or too many, or it is none.
+    """
     data = _bytes(reference)
     if not data:
         raise MediaError("it is empty, without a byte")

@@ -6,20 +6,35 @@ import io
 import math
 import struct
 import wave
+from typing import Any
 
 _SIDE = 56  # pixels: what the vision towers in use take without enlarging it much
+_FRAMES = 4
 _RATE, _SAMPLES = 16000, 3200
 
 
 def square() -> bytes:
     """A PNG file: half of it red, half of it blue."""
+    file = io.BytesIO()
+    _halves((0, 0, 255)).save(file, "PNG")
+    return file.getvalue()
+
+
+def blinking() -> bytes:
+    """A GIF file: as many frames as towers in use join into one and sample at least, half a second each."""
+    first, *others = [_halves((0, 0, 60 * number)) for number in range(_FRAMES)]
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=others, duration=500)
+    return file.getvalue()
+
+
+def _halves(right: tuple[int, int, int]) -> Any:
+    """Red on its left."""
     from PIL import Image
 
     image = Image.new("RGB", (_SIDE, _SIDE), (255, 0, 0))
-    image.paste((0, 0, 255), (_SIDE // 2, 0, _SIDE, _SIDE))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    image.paste(right, (_SIDE // 2, 0, _SIDE, _SIDE))
+    return image
 
 
 def beep() -> bytes:

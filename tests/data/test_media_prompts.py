@@ -134,8 +134,8 @@ MISMATCHED: dict[str, tuple[dict[str, Any], str]] = {
     "an image too few": ({"input": "<image><image>", "images": IMAGE}, "the input has 2 <image> but 'images' holds 1"),
     "an image too many": ({"input": "<image>", "images": [IMAGE] * 2}, "the input has 1 <image> but 'images' holds 2"),
     "no image": ({"input": "see <image>"}, "the input has 1 <image> but 'images' holds 0"),
-    "audio": ({"input": "<audio>", "audios": AUDIO}, ".*has 1 audios, .* no audios: LlavaProcessor has no token for"),
-    "video": ({"input": "<video>", "videos": IMAGE}, ".*has 1 videos, but LightRFT reads no video yet"),
+    "audio": ({"input": "<audio>", "audios": AUDIO}, ".*has 1 audios, but LlavaProcessor has no token for"),
+    "video": ({"input": "<video>", "videos": IMAGE}, ".*has 1 videos, but LlavaProcessor has no token for"),
 }
 
 

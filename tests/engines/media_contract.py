@@ -47,6 +47,7 @@ class MediaContract:
 
     family: str
     tolerance: float = 2e-5
+    reads_videos: bool = True
     device: torch.device = torch.device("cpu")
 
     @staticmethod
@@ -87,6 +88,20 @@ class MediaContract:
             for response in group:
                 logits = reference_logits(world, world.model, asked, response.token_ids)
                 assert_log_probs(response, logits, sampling, self.tolerance)
+
+    def test_log_probs_after_videos_are_those_of_the_forward(self, engine, world):
+        if "videos" not in MediaProcessor(world.processor).kinds:
+            pytest.skip("its processor has no video")
+        prompts = [world.moving("film", [], [0]), world.moving("both", [1, 0], [1, 3]), world.prompt("text", [])]
+        if not self.reads_videos:
+            with pytest.raises(MediaError, match=r"'film' has videos.*TransformersEngine"):
+                engine.generate(prompts, Sampling(max_new_tokens=6), [[1, 2], [3, 4], [5]])
+            return
+        groups = engine.generate(prompts, Sampling(max_new_tokens=6), [[1, 2], [3, 4], [5]])
+        for asked, group in zip(prompts, groups):
+            for response in group:
+                expected = reference_log_probs(world, asked, response, Sampling())
+                assert torch.allclose(response.log_probs, expected, atol=self.tolerance)
 
     def test_other_media_give_other_log_probs(self, engine, world):
         prompts = [world.prompt("seen", which) for which in ([0], [1], [4])]
@@ -204,8 +219,7 @@ class MediaContract:
         self._still_serves(engine, world)
 
     def test_another_kind_of_media_is_refused_by_name(self, engine, world):
-        other = {"images": "audios", "audios": "images"}[world.kind]
-        for kind in (other, "videos"):
+        for kind in {"images", "audios", "videos"} - MediaProcessor(world.processor).kinds:
             asked = Prompt("odd", torch.tensor([20]), "", media=Media(**{kind: ("x",)}))
             with pytest.raises(MediaError, match=rf"'odd' has 1 {kind}"):
                 engine.generate([asked], Sampling(max_new_tokens=2), [[1]])

@@ -19,10 +19,12 @@ pytestmark = [
 
 
 class OnTheCPU(MediaContract):
+    reads_videos = False
     make = staticmethod(lambda: VLLMEngine(dtype="float32", enforce_eager=True))
 
 
 class OnTheGPU(MediaContract):
+    reads_videos = False
     tolerance = 1e-2  # the attention kernel rounds to 19 bits, and convolutions are computed in TF32
     device = torch.device("cuda")
     make = staticmethod(lambda: VLLMEngine(dtype="float32", enforce_eager=True, gpu_memory_utilization=0.2))
@@ -67,19 +69,15 @@ class TestQwenAudio(OnTheCPU):
     family = "qwen2_audio_30s"
 
 
-def serves_llava() -> bool:
-    """vLLM 0.24 does not, with a transformers as new as 5.17: it looks for a class of Pixtral's that is gone."""
-    try:
-        import vllm.model_executor.models.llava  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif("not serves_llava()", reason="this vLLM cannot import LLaVA beside this transformers")
 class TestLlavaOnTheGPU(OnTheGPU):
     family = "llava"
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def importable(cls) -> None:
+        """vLLM 0.24 looks for a class of Pixtral's that transformers 5.17 has no more."""
+        pytest.importorskip("vllm.model_executor.models.llava", exc_type=ImportError)
 
 
 @pytest.mark.gpu

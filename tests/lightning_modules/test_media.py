@@ -55,6 +55,12 @@ def rows(world: MediaWorld) -> list[tuple[Prompt, Tensor]]:
         world.prompt("twice the same", [3, 3], length=4),
         world.prompt("large", [5], length=3),
     ]
+    if "videos" in MediaProcessor(world.processor).kinds:
+        prompts += [
+            world.moving("film", [], [0]),
+            world.moving("both", [0, 1], [1, 3]),
+            world.moving("again", [2], [2]),
+        ]
     return [(asked, torch.randint(20, 300, (3 + i % 3,), generator=generator)) for i, asked in enumerate(prompts)]
 
 

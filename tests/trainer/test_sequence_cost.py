@@ -21,6 +21,17 @@ def operations(model: torch.nn.Module, reading: Reading) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_video_costs_what_its_frames_do(family: str) -> None:
+    world = media_world(family)
+    world.model.set_attn_implementation("eager")
+    seen = MediaProcessor(world.processor).read(world.moving("seen", [], [1, 3]))
+    text = Reading(torch.full((len(seen.token_ids),), int(seen.token_ids[0])))
+    cost, length = SequenceCost.of(world.model), len(text.token_ids)
+    expected = operations(world.model, seen) / operations(world.model, text)
+    assert cost(length, seen) / cost(length) == pytest.approx(expected, rel=0.15) and expected > 1.5
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen2_audio"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_media_cost_what_their_tower_computes(family: str, frozen: bool) -> None:

@@ -200,6 +200,12 @@ class VLLMEngine(CheckedEngine):
         """
         if self._media is None or not prompt.media:
             return self._render(requests.request(prompt.token_ids))
+        if prompt.media.videos:
+            # Seen with vLLM 0.32: frames of Qwen2.5-VL get other positions than in its own forward.
+            raise MediaError(
+                f"Prompt {prompt.uid!r} has videos, which vLLM does not place as every model's own forward does; "
+                "choose TransformersEngine."
+            )
         asked = requests.request(prompt.token_ids, self._media.decoded(prompt))
         try:
             rendered = self._render(asked)
