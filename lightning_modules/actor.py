@@ -85,6 +85,11 @@ class ActorModule(LanguageBackbone):
 
     def _accept(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model whole, if it embeds every token of the tokenizer."""
+        if any(name.endswith("video_tower") for name, _ in model.named_modules()):
+            raise ValueError(
+                f"{type(model).__name__} sees videos with weights of their own; LightRFT trains models that see them "
+                "as they see images."
+            )
         vocabulary = model.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > vocabulary:
             raise ValueError(
@@ -220,9 +225,9 @@ class ActorModule(LanguageBackbone):
         return log_p.gather(-1, torch.cat([one.input_ids[1:] for one in alone])[:, None]), float(log_p.std())
 
     def _examples(self, before: Tensor, after: Tensor) -> list[Reading]:
-        if self.media is None or not self.media.apart:
+        if self.media is None or not self.media.kinds:
             return []
-        reading = self.media.read(self.media.example(before.cpu(), self.media.apart)).to(before.device)
+        reading = self.media.read(self.media.example(before.cpu(), self.media.kinds)).to(before.device)
         return [replace(reading, token_ids=torch.cat([reading.token_ids, after]))]
 
     # --- supervised training under Lightning's Trainer ---------------------------------------------------------------

@@ -16,7 +16,7 @@ from lightrft.samples import PART_OF, Media, MediaItem, Prompt, Reading
 
 Made = TypeVar("Made")
 
-_SMALLEST: dict[str, Callable[[], bytes]] = {"images": square, "audios": beep, "videos": blinking}
+_FRAMES = 4  # that towers in use join, and their processors choose, at least
 PER_TOKEN = "token_type_ids"
 """Ends the names of what a processor says of every token."""
 
@@ -101,8 +101,14 @@ class MediaProcessor:
         """
         kinds = sorted(kinds)
         placeholders = torch.tensor([self._ids[kind] for kind in kinds], dtype=torch.int64)
-        media = Media(**{kind: (_SMALLEST[kind](),) for kind in kinds})
+        media = Media(**{kind: (self._smallest(kind),) for kind in kinds})
         return Prompt("example", torch.cat([token_ids[:1], placeholders, token_ids[1:]]), text="", media=media)
+
+    def _smallest(self, kind: str) -> bytes:
+        if kind != "videos":
+            return square() if kind == "images" else beep()
+        wanted = [getattr(self._processor.video_processor, name, None) for name in ("num_frames", "min_frames")]
+        return blinking(max(_FRAMES, *(number or 0 for number in wanted)))
 
     def least(self, kinds: frozenset[str]) -> Reading:
         """Of the shortest :meth:`example`; this one is kept, as updates ask for it again and again."""

@@ -54,8 +54,7 @@ def image(reference: Any) -> Any:
         # Phones write previews and depth maps behind a photograph, as MPO.
         if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
             raise MediaError(f"it has {opened.n_frames} frames; give the one that is meant")
-        if opened.mode not in _MODES:
-            raise MediaError(f"its mode is {opened.mode}, deeper than 8 bits a channel; convert it to RGB")
+        check_depth(opened)
         opened.load()
         return on_white(ImageOps.exif_transpose(opened))
     except MediaError:
@@ -139,6 +138,16 @@ def _samples(reference: Any) -> tuple[Tensor, int]:
         if opened.frames * opened.channels > _LARGEST:
             raise MediaError(f"it has {opened.frames} samples in {opened.channels} channels, too many to decode")
         return torch.from_numpy(opened.read(dtype="float32", always_2d=True)).mean(1), int(opened.samplerate)
+
+
+def check_depth(image: Any) -> None:
+    """Refuse a ``PIL`` image that RGB would clip.
+
+    Raises:
+        MediaError: it is one.
+    """
+    if image.mode not in _MODES:
+        raise MediaError(f"its mode is {image.mode}, deeper than 8 bits a channel; convert it to RGB")
 
 
 def check_size(width: int, height: int, most: int | None) -> None:

@@ -9,7 +9,6 @@ import wave
 from typing import Any
 
 _SIDE = 56  # pixels: what the vision towers in use take without enlarging it much
-_FRAMES = 4
 _RATE, _SAMPLES = 16000, 3200
 
 
@@ -20,9 +19,9 @@ def square() -> bytes:
     return file.getvalue()
 
 
-def blinking() -> bytes:
-    """A GIF file: as many frames as towers in use join into one and sample at least, half a second each."""
-    first, *others = [_halves((0, 0, 60 * number)) for number in range(_FRAMES)]
+def blinking(frames: int) -> bytes:
+    """A GIF file, each frame of which is shown for half a second."""
+    first, *others = [_halves((0, 255 * (number % 2), 10 * number % 256)) for number in range(frames)]
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=others, duration=500)
     return file.getvalue()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightrft.media.references import MediaError
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,ogg,flv"
 _LARGEST = 2**30  # bytes of all frames, decoded
 _MOST = 20_000  # frames
+_WHOLE = 0.95  # of the frames that a file says it has
 _SECONDS = 0.1  # of an animation's frame that does not say how long it is shown, as browsers show it
 
 
@@ -34,6 +35,8 @@ def video(reference: Any) -> tuple[Tensor, float]:
     try:
         if isinstance(reference, tuple):
             frames, rate = reference
+            if not 0 < rate < math.inf:
+                raise MediaError(f"{rate} frames a second is no rate")
             return _checked(torch.as_tensor(frames).detach().cpu()), float(rate)
         file = references.file_of(reference)
         return _animation(file) or _film(file)
@@ -69,7 +72,14 @@ def _animation(file: io.BytesIO) -> tuple[Tensor, float] | None:
     references.check_size(width, height, Image.MAX_IMAGE_PIXELS)
     _check_room(getattr(opened, "n_frames", 1), width, height)
     frames, seconds = [], 0.0
-    for frame in ImageSequence.Iterator(opened):
+    for number, frame in enumerate(ImageSequence.Iterator(opened)):
+        if number == 0 and getattr(opened, "default_image", False):
+            continue  # of who shows no animations
+        if frame.size != (width, height):
+            raise MediaError(
+                f"frame {number} has {frame.size} pixels and the first {(width, height)}; they must be alike"
+            )
+        references.check_depth(frame)
         frames.append(_pixels(references.on_white(frame)))
         seconds += frame.info.get("duration", 0) / 1000 or _SECONDS  # known once it is decoded
     return torch.stack(frames), len(frames) / seconds
@@ -92,22 +102,26 @@ def _film(file: io.BytesIO) -> tuple[Tensor, float]:
         if not container.streams.video:
             raise MediaError("it holds no video")
         stream = container.streams.video[0]
-        references.check_size(stream.width, stream.height, None)
+        said, rate = stream.frames, stream.average_rate or stream.guessed_rate
         frames = list(_decoded(container, stream))
-        rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-    if not frames:
-        raise MediaError("it has no frames")
+    if not frames or len(frames) < _WHOLE * said:
+        raise MediaError(f"{len(frames)} of its {said} frames are there" if said else "it has no frames")
     if not rate:
         raise MediaError("it does not say how many frames are shown a second")
     return torch.stack(frames), float(rate)
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Tensor]:
+    """Upright, all in the size of the first."""
+    width, height = stream.width, stream.height
+    references.check_size(width, height, None)
+    _check_room(max(1, stream.frames), width, height)
     for number, frame in enumerate(container.decode(stream)):
-        _check_room(number + 1, stream.width, stream.height)
-        # The first frame's size is the video's: a stream may change it.
-        rgb = frame.to_ndarray(format="rgb24", width=stream.width, height=stream.height)
-        yield torch.from_numpy(rgb).permute(2, 0, 1)
+        _check_room(number + 1, width, height)
+        if frame.is_corrupt:
+            raise MediaError(f"frame {number} is damaged")
+        rgb = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height)).permute(2, 0, 1)
+        yield torch.rot90(rgb, round(frame.rotation / 90), (1, 2))
 
 
 def _check_room(frames: int, width: int, height: int) -> None:

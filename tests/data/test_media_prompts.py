@@ -6,11 +6,12 @@ import base64
 import os
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from media_worlds import png, wav
+from media_worlds import gif, media_world, png, wav
 from PIL import Image
 
 from lightrft.data import PromptData, Source
@@ -89,6 +90,17 @@ def test_relative_media_of_a_source_are_beside_its_file(llava: Any, write: Write
     (tmp_path / "x.png").write_bytes(png(0))
     (prompt,) = prompts(llava, write([{"input": "<image>", "images": "x.png"}]))
     assert prompt.media.images == (str(tmp_path / "x.png"),)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="its processor needs torchvision")
+def test_a_video_beside_its_file_is_a_part_and_counts_as_what_the_model_sees(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "film.gif").write_bytes(gif(0))
+    processor = media_world("qwen2_5_vl").processor
+    path = write([{"input": "[1]<video>", "videos": "film.gif"}], "set.jsonl")
+    (prompt,) = prompts(processor, path, chat_template=False, max_prompt_tokens=1 + 8)
+    assert prompt.media.videos == (str(tmp_path / "film.gif"),) and len(prompt.token_ids) == 2
+    with pytest.raises(ValueError, match="the prompt has 9 tokens, more than max_prompt_tokens 8"):
+        prompts(processor, path, chat_template=False, max_prompt_tokens=8)
 
 
 # Length

@@ -87,6 +87,6 @@ def test_a_prompt_that_ends_in_an_image_is_refused_where_positions_are_the_model
     engine.update_weights(world.weights(), 0)
     asked = world.prompt("cut", [0])
     at = int(torch.isin(asked.token_ids, torch.tensor(engine._never_drawn)).nonzero()[-1])
-    with pytest.raises(EngineError, match=r"'cut' ends in an image.*end in text"):
+    with pytest.raises(EngineError, match=r"'cut' ends in an image or video.*end in text"):
         engine.generate([replace(asked, token_ids=asked.token_ids[: at + 1])], Sampling(max_new_tokens=2), [[1]])
     engine.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -24,14 +25,18 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/hostname\n#EXT-X
 CONCATENATION = b"ffconcat version 1.0\nfile /etc/hostname\n"
 
 
-def film(container: str = "mp4", frames: int = 6, rate: Fraction = Fraction(3), side: int = 64) -> bytes:
-    """Grey, each frame lighter than the one before."""
+def film(
+    container: str = "mp4", frames: int = 6, rate: Fraction = Fraction(3), side: int = 64, light: str = ""
+) -> bytes:
+    """Grey, each frame lighter than the one before; or black, and white on its right."""
     file = io.BytesIO()
     with av.open(file, "w", format=container) as opened:
         stream = opened.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
         for number in range(frames):
-            shade = numpy.full((side, side, 3), 30 * number, dtype=numpy.uint8)
+            shade = numpy.full((side, side, 3), 0 if light else 6 * number % 256, dtype=numpy.uint8)
+            if light:
+                shade[:, side // 2 :] = 255
             for packet in stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")):
                 opened.mux(packet)
         for packet in stream.encode():
@@ -47,7 +52,56 @@ def test_a_films_frames_come_in_order_at_its_rate(container: str) -> None:
     frames, rate = read_video(film(container, 5, Fraction(5, 2)))
     assert (frames.shape, frames.dtype, rate) == ((5, 3, 64, 64), torch.uint8, 2.5)
     shades = frames.float().mean((1, 2, 3))
-    assert torch.allclose(shades, 30 * torch.arange(5.0), atol=4)
+    assert torch.allclose(shades, 6 * torch.arange(5.0), atol=4)
+
+
+def test_a_film_that_a_phone_took_upright_is_upright() -> None:
+    """The matrix in its header turns what is on its right to the bottom."""
+    file = bytearray(film(frames=2, light="right"))
+    at = file.index(b"tkhd") + 44
+    file[at : at + 36] = b"".join(
+        number.to_bytes(4, "big", signed=True) for number in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    )
+    frames, _ = read_video(bytes(file))
+    rows = frames[0].float().mean((0, 2))
+    assert rows[:24].max() < 20 and rows[-24:].min() > 235
+
+
+def growing() -> bytes:
+    """A GIF whose second frame lies beyond its first."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 40), "red")])
+    whole = bytearray(file.getvalue())
+    at = whole.rindex(b",\0\0\0\0")  # where the second begins, and that it does so at the corner
+    whole[at + 1] = 200
+    return bytes(whole)
+
+
+def test_frames_of_unlike_sizes_or_too_deep_are_refused() -> None:
+    with pytest.raises(MediaError, match="must be alike"):
+        read_video(growing())
+    deep = io.BytesIO()
+    Image.new("I;16", (8, 8), 60000).save(deep, "PNG")
+    with pytest.raises(MediaError, match="8 bits"):
+        read_video(deep.getvalue())
+    for rate in (0, -1.0, float("nan")):
+        with pytest.raises(MediaError, match="no rate"):
+            read_video((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rate))
+
+
+def test_a_film_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    moved = tmp_path / "index first.mp4"
+    options = {"movflags": "faststart"}
+    with av.open(io.BytesIO(film(frames=40))) as given, av.open(str(moved), "w", options=options) as made:
+        stream = made.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(given.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                made.mux(packet)
+    whole = moved.read_bytes()
+    assert whole.index(b"moov") < whole.index(b"mdat") and len(read_video(whole)[0]) == 40
+    with pytest.raises(MediaError, match=r"of its 40 frames are there|damaged|Invalid"):
+        read_video(whole[: len(whole) - len(whole) // 3])
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])

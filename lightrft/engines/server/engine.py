@@ -258,11 +258,17 @@ class RemoteEngine(CheckedEngine):
                     finish()  # which knows more of it, mostly
                     raise EngineError(f"vLLM at {self._server.url} was lost while it took weights: {error}") from error
                 except BaseException:
-                    if not channel.lost:  # it was told that no more comes
-                        with suppress(Refused):
-                            finish()
+                    if not channel.lost:  # it was told that no more comes, and says so
+                        channel.lost = True
+                        with suppress(EngineError):
+                            try:
+                                finish()
+                            except Refused:
+                                channel.lost = False
                     raise
+                channel.lost = True  # unless the server says that it has all
                 finish()
+                channel.lost = False
             self._server.ask("/finish_weight_update")
         except BaseException:
             self._break_off(channel)

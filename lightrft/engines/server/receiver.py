@@ -113,8 +113,11 @@ def receive(worker: Any, port: int) -> None:
         leave(worker)
         raise
     except Exception:
-        for _ in tensors:  # the trainer goes on sending
-            pass
+        if not channel.told_all:  # the trainer goes on sending
+            for _ in tensors:
+                pass
+        if not channel.told_all:
+            leave(worker)
         raise
 
 

@@ -76,6 +76,7 @@ class WeightChannel:
     Attributes:
         place: where the trainer's end is.
         lost: whether the two ends may wait for different things from now on.
+        told_all: whether the push that was received last is known to be over.
     """
 
     def __init__(self, store: dist.TCPStore, place: Place, rank: int, device: torch.device, own_address: str) -> None:
@@ -85,7 +86,7 @@ class WeightChannel:
         with _broken():
             self._group = _group(store, place, rank, own_address)
         self._turn = 0
-        self.lost = False
+        self.lost, self.told_all = False, True
 
     @classmethod
     def open(cls, store: dist.TCPStore, place: Place, device: torch.device, watch: Watch) -> WeightChannel:
@@ -144,7 +145,7 @@ class WeightChannel:
                 under_way = self._broadcast(buckets[turn % 2], pieces)
             self._wait(under_way, watch)
         except BaseException as error:
-            self.lost = self.lost or not isinstance(error, Exception)
+            self.lost = self.lost or isinstance(error, ChannelBroken) or not isinstance(error, Exception)
             self._announce(broken=str(error) or type(error).__name__)
             raise
         self._announce()
@@ -155,13 +156,14 @@ class WeightChannel:
         Raises:
             EngineError: the trainer broke off.
         """
-        bucket = self._bucket()
+        bucket, self.told_all = self._bucket(), False
 
         def filled() -> list[Piece] | None:
             with _broken():
                 said = json.loads(self._store.get(self._key))
                 self._store.delete_key(self._key)
             self._turn += 1
+            self.told_all = "pieces" not in said
             if "broken" in said:
                 raise EngineError(f"the trainer broke the push off: {said['broken']}")
             if "pieces" not in said:

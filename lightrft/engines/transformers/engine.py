@@ -226,8 +226,8 @@ class TransformersEngine(CheckedEngine):
         reading = self._media.read(prompt)
         if hasattr(self._model.base_model, "get_rope_index") and int(reading.token_ids[-1]) in self._never_drawn:
             raise EngineError(
-                f"Prompt {prompt.uid!r} ends in an image, where transformers' generate goes on from a wrong position; "
-                "let it end in text, as chat templates do, or choose VLLMEngine."
+                f"Prompt {prompt.uid!r} ends in an image or video, where transformers' generate goes on from a wrong "
+                "position; let it end in text, as chat templates do."
             )
         self._check_length(len(reading.token_ids), f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
         return reading

@@ -88,7 +88,9 @@ def fingerprints(worker: Any, names: Sequence[str]) -> dict[str, Fingerprint]:
     model, taken, dtype = worker.model_runner.model, Fingerprints(), worker.model_runner.model_config.dtype
     for name in names:
         weight, scale = _held(model, name.removesuffix("_scale"))
-        if weight.dtype.itemsize > dtype.itemsize:  # as pushed, and kept wider: biases on a CPU
+        if (
+            weight.is_floating_point() and weight.dtype.itemsize > dtype.itemsize
+        ):  # as pushed, and kept wider: biases on a CPU
             weight = weight.to(dtype)
         tensor = scale if name.endswith("_scale") else weight
         if tensor is None:
