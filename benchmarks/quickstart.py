@@ -116,7 +116,7 @@ def draw(runs: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     axes.set(xlabel="GRPO iteration", ylabel="held-out accuracy", ylim=(0, 1))
     axes.set_title(f"{title}, greedy; iteration 0 is the supervised start", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center right")
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
 

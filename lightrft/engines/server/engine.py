@@ -250,31 +250,30 @@ class RemoteEngine(CheckedEngine):
         try:
             # Layers are made anew where they must be, inside; vLLM 0.24 would make all of them anew unless told.
             self._server.ask("/start_weight_update", {"is_checkpoint_format": False})
-            body = {"update_info": {"port": channel.place.port}}
-            with self._server.answering("/update_weights", body) as (watch, finish):
-                try:
-                    channel.send(tensors, watch)
-                except ChannelBroken as error:
-                    finish()  # which knows more of it, mostly
-                    raise EngineError(f"vLLM at {self._server.url} was lost while it took weights: {error}") from error
-                except BaseException:
-                    if not channel.lost:  # it was told that no more comes, and says so
-                        channel.lost = True
-                        with suppress(EngineError):
-                            try:
-                                finish()
-                            except Refused:
-                                channel.lost = False
-                    raise
-                channel.lost = True  # unless the server says that it has all
-                finish()
-                channel.lost = False
+            self._transfer(channel, tensors)
             self._server.ask("/finish_weight_update")
         except BaseException:
             self._break_off(channel)
             raise
         if "cache" not in self._asleep:
             self._server.ask("/resume")
+
+    def _transfer(self, channel: WeightChannel, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Let the server take the tensors. Where it fails, the channel is lost unless both ends know that it did."""
+        body = {"update_info": {"port": channel.place.port}}
+        with self._server.answering("/update_weights", body) as (watch, finish):
+            try:
+                channel.send(tensors, watch)
+            except ChannelBroken as error:
+                finish()  # which knows more of it, mostly
+                raise EngineError(f"vLLM at {self._server.url} was lost while it took weights: {error}") from error
+            except BaseException:
+                if not channel.lost:
+                    channel.lost = not _refused(finish)
+                raise
+            channel.lost = True
+            finish()
+            channel.lost = False
 
     def _break_off(self, channel: WeightChannel) -> None:
         """Leave the way there as the next push needs it."""
@@ -352,6 +351,15 @@ class RemoteEngine(CheckedEngine):
         if failure is not None:
             raise EngineError(failure)
         return result
+
+
+def _refused(finish: Callable[[], None]) -> bool:
+    """Whether the server answers that it did not do what it was asked for."""
+    try:
+        finish()
+    except EngineError as error:
+        return isinstance(error, Refused)
+    return False
 
 
 def _body(token_ids: Tensor, params: dict[str, Any], stream: bool = False) -> dict[str, Any]:
