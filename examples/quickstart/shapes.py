@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 from transformers import (
     Qwen2_5_VLConfig,
@@ -60,6 +61,7 @@ class Picture:
 
 def write(root: Path, seed: int, short: bool) -> str:
     """The untrained model with its processor, and :func:`world.write_tasks`."""
+    torch.manual_seed(seed)
     write_model(root / "untrained")
     return f"{write_tasks(root, seed, short, make_task, write_images)} about images"
 

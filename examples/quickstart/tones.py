@@ -8,6 +8,7 @@ import struct
 import wave
 from pathlib import Path
 
+import torch
 from transformers import (
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
@@ -31,6 +32,7 @@ WORDS = [*" ".join([*QUESTIONS.values(), CAREFULLY]).replace("<audio>", "").spli
 
 def write(root: Path, seed: int, short: bool) -> str:
     """The untrained model with its processor, and :func:`world.write_tasks`."""
+    torch.manual_seed(seed)
     write_model(root / "untrained")
     return f"{write_tasks(root, seed, short, make_task, write_clip)} about sounds"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
 import math
@@ -114,3 +115,14 @@ def test_the_soft_clip_fades_on_both_sides_and_is_ppo_at_ratio_1(custom: Algorit
     slopes = -log_probs.grad[:, 0] / log_probs.exp()[:, 0]
     fade = [1 / math.cosh(2.0 / 2 * (math.e - 1)) ** 2, 1 / math.cosh(4.0 / 2 * (1 / math.e - 1)) ** 2]
     torch.testing.assert_close(slopes, torch.tensor([1.0, -1.0, fade[0], -fade[1]]))
+
+
+@pytest.mark.parametrize("world", ["shapes", "tones"])
+def test_a_seed_decides_over_a_quickstarts_model_and_data(world: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(str(ROOT / "examples/quickstart"))
+    write = importlib.import_module(world).write
+    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
+        write(tmp_path / name, seed, True)
+    for made in ("untrained/model.safetensors", "lessons.jsonl", "held_out.jsonl"):
+        one, again, other = ((tmp_path / name / made).read_bytes() for name in ("one", "again", "other"))
+        assert one == again != other
