@@ -28,6 +28,7 @@ from lightrft.lightning_modules.footprint import (
 )
 from lightrft.module import RFTModule
 from lightrft.ops import split_by_tokens
+from lightrft.sequence_cost import SequenceCost
 from lightrft.strategies import Layout, Placement, placement_of
 from lightrft.trainer import RFTTrainer
 
@@ -152,6 +153,10 @@ class Plan:
         for model in filter(None, (module.actor, module.critic)):
             _check_kind(model)
             without_weights(model)
+        if SequenceCost.of(module.actor.transformer).towers:
+            self.notes.append(
+                "What sees or hears is in the numbers with its weights alone: activations are the text's."
+            )
         self.sizes = Sizes.of(trainer, ranks, prompt_tokens, module.context_tokens)
         self.placements = {role: self._placement(role) for role in self._models()}
         self.phases = phases(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import small_config
 import torch
+from media_worlds import media_world
 from trainer import tiny_run
 
 from lightrft.analysis.live_bytes import LiveBytes
@@ -152,6 +153,17 @@ def test_lora_trains_adapters_alone_and_needs_no_reference(told: Told) -> None:
     assert "reference weights" not in found["score"]
     assert 0 < found["score"]["actor optimizer"] < found["score"]["actor weights"] / 10
     assert found["rollout"]["engine weights"] < found["score"]["actor weights"]
+
+
+def test_of_what_sees_only_the_weights_are_told_and_that_is_said(
+    config: dict[str, Any], told: Told, tmp_path: Path
+) -> None:
+    world = media_world("llava")
+    world.model.save_pretrained(tmp_path / "llava")
+    world.processor.save_pretrained(tmp_path / "llava")
+    config["model"]["actor"]["init_args"] |= {"model": str(tmp_path / "llava"), "config": None, "tokenizer": None}
+    note = "What sees or hears is in the numbers with its weights alone"
+    assert note in told("--device_memory_gib=80", "--prompt_tokens=100")
 
 
 def test_a_critic_has_a_phase_of_its_own(config: dict[str, Any], told: Told) -> None:
