@@ -94,9 +94,9 @@ def where_sampled(lengths: list[int], ranks: int, budget: int) -> Steps:
     ]
 
 
-def measured(lengths: list[int], steps: Steps, cost: CostModel) -> dict[str, float]:
+def measured(costs: Sequence[float], steps: Steps) -> dict[str, float]:
     """The busiest rank over the mean, if ranks wait at the end of the update and if they wait in every micro-step."""
-    found = loads([cost(length) for length in lengths], steps)
+    found = loads(costs, steps)
     totals = [sum(of_rank) for of_rank in zip(*found)]
     return {"rank": max(totals) * len(totals) / sum(totals), "micro_step": busiest_over_mean(found)}
 
@@ -104,15 +104,17 @@ def measured(lengths: list[int], steps: Steps, cost: CostModel) -> dict[str, flo
 def case(model: str, budget: int, ranks: int, factor: float) -> dict[str, Any]:
     """The worst of all updates; ``factor`` is what attention truly costs over what is derived."""
     cost = cost_of(model)
+    dearer = CostModel(cost.attention * factor)
     worst: dict[str, float] = {}
     steps = {"without": 0, "with": 0}
     for lengths in updates():
+        costs = [cost(length) for length in lengths]
         plans = {
             "without": where_sampled(lengths, ranks, budget),
-            "with": micro_steps([cost(length) for length in lengths], lengths, ranks, budget),
+            "with": micro_steps(costs, lengths, ranks, budget),
         }
-        figures = {name: measured(lengths, plan, cost) for name, plan in plans.items()}
-        figures["with_at_measured_cost"] = measured(lengths, plans["with"], CostModel(cost.attention * factor))
+        figures = {name: measured(costs, plan) for name, plan in plans.items()}
+        figures["with_at_measured_cost"] = measured([dearer(length) for length in lengths], plans["with"])
         for name, values in figures.items():
             for key, value in values.items():
                 worst[f"{name}_{key}"] = max(worst.get(f"{name}_{key}", 0.0), value)

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from balance import Steps, where_sampled
+from balance import Steps, measured, where_sampled
 from rollout import make_tokenizer
 
 from lightrft.lightning_modules import ActorModule
-from lightrft.ops import busiest_over_mean, loads, micro_steps, pack
+from lightrft.ops import micro_steps, pack
 from lightrft.samples import MediaItem, Reading
 from lightrft.sequence_cost import SequenceCost
 
@@ -90,7 +90,7 @@ def make_actor(shape: str, device: str, folder: Path) -> ActorModule:
 
 
 def read(group: dict[str, Any]) -> Reading:
-    """Features without content, made when they are computed: only their number counts."""
+    """Features without content: only their number counts."""
     items = []
     for height, width in group["images"]:
         tokens = height * width // MERGED**2
@@ -166,12 +166,11 @@ def figures(
     plan: Steps, costs: list[float], tokens: list[int], rows: list[Any], actor: ActorModule, arguments: Any
 ) -> dict[str, Any]:
     """Counted work and measured seconds: of the slowest rank, and of the slowest of every micro-step."""
-    counted = loads(costs, plan)
-    totals = [sum(of_rank) for of_rank in zip(*counted)]
+    counted = measured(costs, plan)
     found = {
         "shape": arguments.shape, "ranks": RANKS, "rows": len(rows), "tokens": sum(tokens), "micro_steps": len(plan),
-        "counted_rank": round(max(totals) * RANKS / sum(totals), 4),
-        "counted_micro_step": round(busiest_over_mean(counted), 4),
+        "counted_rank": round(counted["rank"], 4),
+        "counted_micro_step": round(counted["micro_step"], 4),
     }  # fmt: skip
     if arguments.plan_only:
         return found

@@ -83,9 +83,10 @@ class SequenceCost:
             vocabulary=config.vocab_size,
         )
         weights = layers * heads * head_size / decoder.attention  # which is that of so many
+        configs = {name: getattr(model.config, name, None) for name in ("vision_config", "audio_config")}
+        found = {name: _tower(model, own, weights) for name, own in configs.items()}
         towers = {"images": "vision_config", "videos": "vision_config", "audios": "audio_config"}
-        found = {kind: _tower(model, getattr(model.config, name, None), weights) for kind, name in towers.items()}
-        return cls(decoder, {kind: tower for kind, tower in found.items() if tower is not None})
+        return cls(decoder, {kind: tower for kind, name in towers.items() if (tower := found[name]) is not None})
 
     def __call__(self, tokens: int, reading: Reading | None = None) -> float:
         """Of so many tokens, and of the media that were read for them."""

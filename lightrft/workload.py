@@ -90,7 +90,7 @@ class Workload:
         return [row for row, computed_by in zip(self._rows, self._groups) if computed_by == group]
 
     def _kinds(self, plan: list[list[list[int]]]) -> list[frozenset[str]]:
-        """Of the media that any group has in each micro-step; in the last one all that the model reads."""
+        """Of the media that any group has in each micro-step; in the last one all that any weights are for."""
         rows = [[self._rows[number] for part in step for number in part] for step in plan]
         found = [frozenset(kind for row in step for kind in self._kinds_of(row)) for step in rows]
         return [*found[:-1], found[-1] | self._media.apart] if self._media is not None else found

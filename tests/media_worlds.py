@@ -122,7 +122,7 @@ def png(number: int) -> bytes:
 
 
 def gif(number: int) -> bytes:
-    """As many frames as two that are joined, and one more, of two colours, a third of a second each."""
+    """Four frames, or six where ``number`` is odd, each shown for a third of a second."""
     frames = [Image.open(io.BytesIO(png(number % 3 + 6 * at))) for at in range(4 + 2 * (number % 2))]
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=333)

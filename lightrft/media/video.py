@@ -47,7 +47,7 @@ def video(reference: Any) -> tuple[Tensor, float]:
 
 
 def metadata(frames: Tensor, rate: float) -> dict[str, Any]:
-    """What ``transformers`` and vLLM want to know of frames ``[T, 3, H, W]`` that are all there."""
+    """What processors want to know of frames ``[T, 3, H, W]`` that are all there."""
     count, height, width = len(frames), *frames.shape[2:]
     about = {"total_num_frames": count, "fps": rate, "duration": count / rate, "frames_indices": list(range(count))}
     return about | {"width": width, "height": height}
