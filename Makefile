@@ -124,9 +124,7 @@ learn: $(VENV)/.installed-dev
 
 # Three seeds and the control with permuted rewards; fails where a target is missed, and draws the README's pictures.
 nightly-seeds: $(VENV)/.installed-dev
-	$(VENV)/bin/python benchmarks/quickstart.py
-	$(VENV)/bin/python benchmarks/quickstart.py --task vision
-	$(VENV)/bin/python benchmarks/quickstart.py --task audio
+	$(VENV)/bin/python benchmarks/quickstart.py --task text vision audio
 
 # The newest transformers, with what only it asks for, beside the other pins. Made anew each time: newest is today's.
 nightly-transformers:

@@ -34,41 +34,43 @@ from lightrft.rewards import Component, FunctionReward, Scorer
 from lightrft.samples import Sampling
 from lightrft.trainer import RFTTrainer
 
-# Both sides' fingerprints, their comparison, and the log-probs of the probe's tokens.
-OF_PROBE = [
-    (probe, "_record"),
-    (probe, "_compare_fingerprints"),
-    (probe.Fingerprints, "read"),
-    (probe.WeightSync, "_compare_log_probs"),
-    (VLLMEngine, "fingerprint"),
-]
+# Of the probe: what takes both sides' fingerprints, and the log-probs of its tokens.
+OF_PROBE = {
+    "record": (probe, "_record"),
+    "read": (probe.Fingerprints, "read"),  # waits for the device: what is left of the push, and the fingerprints
+    "engine": (VLLMEngine, "fingerprint"),
+    "log_probs": (probe.WeightSync, "_compare_log_probs"),
+}
 
 
 class ProbeSeconds(RFTCallback):
-    """Logs an iteration's seconds in functions of the probe, the device waited for."""
+    """Logs an iteration's seconds in parts of the probe."""
 
     def __init__(self, device: str) -> None:
-        self.seconds, self.inside, self.device = 0.0, False, device
-        for owner, name in OF_PROBE:
-            setattr(owner, name, self._timed(getattr(owner, name)))
+        self.seconds, self.inside, self.device = dict.fromkeys(OF_PROBE, 0.0), False, device
+        for part, (owner, name) in OF_PROBE.items():
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
-            if self.inside:  # another of them, which counts it
+            if self.inside:  # another part, which counts it
                 return function(*arguments, **options)
-            self._wait()
+            if part == "log_probs":  # it would wait for the engine's cache to wake
+                self._wait()
             self.inside, start = True, time.perf_counter()
             try:
                 return function(*arguments, **options)
             finally:
-                self._wait()
-                self.inside, self.seconds = False, self.seconds + time.perf_counter() - start
+                self.inside = False
+                self.seconds[part] += time.perf_counter() - start
 
         return timed
 
     def on_iteration_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.log("time/probe_seconds", self.seconds)
-        self.seconds = 0.0
+        for part, seconds in self.seconds.items():
+            trainer.log(f"time/probe_{part}_seconds", seconds)
+        trainer.log("time/probe_seconds", sum(self.seconds.values()))
+        self.seconds = dict.fromkeys(OF_PROBE, 0.0)
 
     def _wait(self) -> None:
         if self.device != "cpu":
@@ -77,8 +79,7 @@ class ProbeSeconds(RFTCallback):
 
 def write_prompts(path: Path, count: int, length: int) -> None:
     rng = random.Random(0)
-    # Two tokens a digit and its space, as many as asked for.
-    lines = [{"input": " ".join(str(rng.randint(0, 9)) for _ in range(length // 2))} for _ in range(count)]
+    lines = [{"input": " ".join(str(rng.randint(2, 99)) for _ in range(length))} for _ in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
@@ -115,11 +116,12 @@ def main() -> None:
         parser.error("--iterations must be 2 at least: the first is not counted")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_tokenizer().save_pretrained(folder / "tokenizer")
+        vocabulary = 1024 if arguments.shape == "tiny" else 151936
+        make_tokenizer(vocabulary).save_pretrained(folder / "tokenizer")
         write_prompts(folder / "train.jsonl", 64 * arguments.iterations, 8 if arguments.shape == "tiny" else 128)
         config = {
             "model_type": "qwen2",
-            "vocab_size": 1024 if arguments.shape == "tiny" else 151936,
+            "vocab_size": vocabulary,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "tie_word_embeddings": True,
@@ -128,7 +130,7 @@ def main() -> None:
         rng = random.Random(0)
         scorer = Scorer({"default": [Component(FunctionReward(lambda item: rng.random()), name="random")]})
         actor = ActorModule(config=config, tokenizer=str(folder / "tokenizer"), gradient_checkpointing=True)
-        trainer = make_trainer(arguments, folder, config["vocab_size"])
+        trainer = make_trainer(arguments, folder, vocabulary)
         trainer.fit(RFTModule(actor, rewards=scorer), PromptData(train=[Source(path=str(folder / "train.jsonl"))]))
         with open(Path(trainer.log_dir, "metrics.csv")) as file:
             rows = [row for row in csv.DictReader(file) if row.get("time/rollout_seconds")]

@@ -14,8 +14,9 @@ from lightrft.callbacks.validation import Validation
 class RunSummary(RFTCallback):
     """Writes ``<log_dir>/summary.json`` and prints its table at the end of training.
 
-    The keys are ``accuracy_before``, ``accuracy_after``, ``seconds`` (of all iterations, validation apart),
-    ``tokens_per_second`` and ``artefacts``; ``null`` is what was not measured. It reads the run's ``Validation`` and
+    The keys are ``metric``, ``accuracy_before`` and ``accuracy_after`` (of that metric: it is an accuracy where rewards
+    are 0 or 1), ``seconds`` (of all iterations, validation apart), ``tokens_per_second`` and ``artefacts``; ``null`` is
+    what was not measured. It reads the run's ``Validation`` and
     ``Throughput`` callbacks.
 
     Attributes:
@@ -58,6 +59,7 @@ class RunSummary(RFTCallback):
             return
         validation, throughput = the_one(trainer.callbacks, Validation), the_one(trainer.callbacks, Throughput)
         summary = {
+            "metric": self._name,
             "accuracy_before": validation.first.get(self._name),
             "accuracy_after": validation.last.get(self._name),
             "seconds": throughput.seconds,

@@ -26,6 +26,7 @@ def test_the_file_and_the_table_hold_the_runs_numbers(
     rows = tiny_run.rows(trainer.log_dir)
     summary = json.loads((Path(trainer.log_dir) / "summary.json").read_text())
     assert summary == {
+        "metric": "val/reward/shortness/mean",
         "accuracy_before": float(rows[0]["val/reward/shortness/mean"]),
         "accuracy_after": float(rows[3]["val/reward/shortness/mean"]),
         "seconds": throughput.seconds,

@@ -74,6 +74,14 @@ def tied() -> Iterator[VLLMEngine]:
     engine.close()
 
 
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt_and_the_version(tied):
+    weights = dict(world(tied=True).weights())
+    norm = "model.norm.weight"
+    tied.update_weights({**weights, norm: torch.full_like(weights[norm], torch.nan)}.items(), 41)
+    with pytest.raises(EngineError, match=r"(?s)'p5-3'.*not finite.*41"):
+        tied.generate([prompt(5)], Sampling(max_new_tokens=3), [[1, 2]])
+
+
 def test_a_tied_head_follows_the_embedding_that_is_pushed_for_both(tied):
     weights = world(tied=True).weights()
     assert "lm_head.weight" not in dict(weights)

@@ -25,7 +25,7 @@ class OnTheCPU(MediaContract):
 
 class OnTheGPU(MediaContract):
     reads_videos = False
-    tolerance = 1e-2  # the attention kernel rounds to 19 bits, and convolutions are computed in TF32
+    tolerance = 2e-2  # the attention kernel rounds to 19 bits, and convolutions are computed in TF32
     device = torch.device("cuda")
     make = staticmethod(lambda: VLLMEngine(dtype="float32", enforce_eager=True, gpu_memory_utilization=0.2))
 

@@ -15,19 +15,21 @@ from torch import Tensor
 from trainer import tiny_run
 
 from lightrft.algorithms import Algorithm
-from lightrft.callbacks import StaleWeightsError, TrajectoryWriter, WeightSync
+from lightrft.callbacks import EngineSleepWake, StaleWeightsError, TrajectoryWriter, WeightSync
 from lightrft.data import PromptData, Source
-from lightrft.engines import TransformersEngine
+from lightrft.engines import TransformersEngine, VLLMEngine
 from lightrft.lightning_modules import ActorModule
 from lightrft.module import RFTModule
 from lightrft.rewards import RewardInput
 from lightrft.samples import Prompt
 from lightrft.trainer import RFTTrainer
 
-FAMILIES = {"llava": ("images", "image", "image/png"), "qwen2_audio": ("audios", "audio", "audio/wav")}
+SEEN, HEARD = ("images", "image", "image/png"), ("audios", "audio", "audio/wav")
+FAMILIES = {"llava": SEEN, "qwen2_5_vl": SEEN, "qwen2_audio": HEARD, "qwen2_audio_30s": HEARD}
+ON_GPU = torch.cuda.is_available()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["llava", "qwen2_audio"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder, with prompts beside it: two items, none, one, and so on."""
     world, (kind, part, mime) = media_world(request.param), FAMILIES[request.param]
@@ -69,16 +71,36 @@ def evenness(item: RewardInput) -> float:
 
 
 def test_a_run_trains_what_sees_or_hears_and_the_engine_keeps_up(folder: Path, tmp_path: Path) -> None:
-    before = {name: tensor.clone() for name, tensor in media_world(folder.name.rstrip("0123456789")).weights()}
-    run = fit(folder, tmp_path)
-    after = tiny_run.weights(run)
+    check_trained(folder, fit(folder, tmp_path), mismatch=1e-4, kl=1e-6)
+
+
+@pytest.mark.vllm
+@pytest.mark.gpu
+@pytest.mark.parametrize("folder", ["qwen2_5_vl", "qwen2_audio_30s"], indirect=True)
+def test_vllm_keeps_up_on_a_gpu(folder: Path, tmp_path: Path) -> None:
+    engine = VLLMEngine(dtype="float32", enforce_eager=True, gpu_memory_utilization=0.2)
+    run = fit(folder, tmp_path, [EngineSleepWake(2)], engine, accelerator="cuda")
+    check_trained(folder, run, mismatch=1e-2, kl=1e-2)  # convolutions are computed in TF32
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(ON_GPU, reason="vLLM is built for the GPU")
+@pytest.mark.parametrize("folder", ["qwen2_5_vl", "qwen2_audio_30s"], indirect=True)
+def test_vllm_keeps_up(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    engine = VLLMEngine(dtype="float32", enforce_eager=True)
+    check_trained(folder, fit(folder, tmp_path, [EngineSleepWake(1)], engine), mismatch=1e-4, kl=1e-5)
+
+
+def check_trained(folder: Path, run: RFTTrainer, mismatch: float, kl: float) -> None:
+    """Tower and projector learned; the trainer's log-probs of what was sampled, media and all, are the engine's."""
     world = media_world(folder.name.rstrip("0123456789"))
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    after = {name: tensor.cpu() for name, tensor in tiny_run.weights(run).items()}
+    moved = {name for name, tensor in world.weights() if not torch.equal(tensor, after[name])}
     assert world.projector in moved and any(name.startswith(world.tower) for name in moved)
     rows = tiny_run.rows(run.log_dir)
-    assert all(float(row["weight_sync/mismatch_nats"]) < 1e-4 for row in rows.values())
-    # The trainer's log-probs of what was sampled, media and all, are the engine's.
-    assert all(abs(float(row["kl/rollout"])) < 1e-6 for row in rows.values())
+    assert all(float(row["weight_sync/mismatch_nats"]) < mismatch for row in rows.values()), rows
+    assert all(abs(float(row["kl/rollout"])) < kl for row in rows.values()), rows
 
 
 def test_a_run_resumes_inside_an_iteration_with_its_media_read_again(folder: Path, tmp_path: Path) -> None:

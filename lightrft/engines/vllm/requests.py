@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lightrft.engines.base import EngineError, WakePart
+from lightrft.engines.flat import joined
 from lightrft.engines.stopping import Detokenizer, Tail, before_stop
 from lightrft.samples import Prompt, Response, Sampling
 
-# The least that vLLM adds to a logit; even where it is the likeliest by far, what is left of its probability is none.
-_NEVER = -100.0
+# A finite number, as vLLM's server takes, is an outlier by which vLLM's top-p kernel for GPUs misjudges what is
+# likely, and keeps every token of a small vocabulary.
+_NEVER = -math.inf
 # What an engine's parts are called when they are woken.
 TAGS: dict[WakePart, str] = {"weights": "weights", "cache": "kv_cache"}
 
@@ -156,21 +159,34 @@ def responses(
         EngineError: log-probs that are not finite; names the prompt.
     """
     texts = detokenizer.decode_all([answer.tokens for answer in answers])
-    drawn = iter(zip(answers, texts))
+    lengths = [len(answer.tokens) for answer in answers]
+    # Made together, as hundreds of small ones take longer than a step of the model.
+    tokens = joined([answer.tokens for answer in answers], torch.int64)
+    log_probs = joined([answer.log_probs for answer in answers], torch.float32)
+    if sampling.temperature == 0:  # vLLM gives a greedy token the log-prob it had before the others were ruled out
+        log_probs.zero_()
+    drawn = iter(zip(answers, texts, tokens.split(lengths), log_probs.split(lengths)))
     groups = []
     for prompt, own in zip(prompts, seeds):
         group = []
-        for seed, (answer, text) in zip(own, drawn):
-            # vLLM gives a greedy token the log-prob it had before the others were ruled out.
-            greedy = [0.0] * len(answer.tokens) if sampling.temperature == 0 else None
-            log_probs = torch.tensor(greedy or answer.log_probs, dtype=torch.float32)
-            if not bool(log_probs.isfinite().all()):
-                raise EngineError(
-                    f"The model's logits for prompt {prompt.uid!r} are not finite under weights of version "
-                    f"{weight_version}; training has diverged, or the engine's dtype is too narrow."
-                )
-            token_ids = torch.tensor(answer.tokens, dtype=torch.int64)
+        for seed, (answer, text, its_tokens, its_log_probs) in zip(own, drawn):
             text = before_stop(text, stops)
-            group.append(Response(token_ids, log_probs, text, answer.finish_reason, weight_version, seed))
+            # Copies, so that keeping one response does not keep all.
+            own_tensors = its_tokens.clone(), its_log_probs.clone()
+            group.append(Response(*own_tensors, text, answer.finish_reason, weight_version, seed))
         groups.append(group)
+    if not bool(log_probs.isfinite().all()):
+        raise _not_finite(prompts, groups, weight_version)
     return groups
+
+
+def _not_finite(prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]], weight_version: int) -> EngineError:
+    uids = (
+        prompt.uid
+        for prompt, group in zip(prompts, groups)
+        if not all(bool(response.log_probs.isfinite().all()) for response in group)
+    )
+    return EngineError(
+        f"The model's logits for prompt {next(uids)!r} are not finite under weights of version {weight_version}; "
+        "training has diverged, or the engine's dtype is too narrow."
+    )
