@@ -1,11 +1,13 @@
 """Text and images over 8 ranks: the time of an update with rows where they were sampled and where they balance.
 
-    python benchmarks/balance_media.py [--shape 2b] [--device cuda]
+    python benchmarks/balance_media.py [--shape 2b] [--device cuda]    # 4 minutes on an H200
+    python benchmarks/balance_media.py --keep          # write the page from the results there are
     python benchmarks/balance_media.py --sample        # draw the mix anew first: the same again, from a seed
 
 Each rank's share is computed in turn on one GPU, forward and backward of every micro-batch timed by itself, and the
 step is what the slowest takes: of the whole update where ranks wait for each other once (``ddp``), of every micro-step
-where they shard the model (``fsdp2``). Reads ``benchmarks/results/media_mix.json``; prints a JSON line a plan.
+where they shard the model (``fsdp2``). Reads ``benchmarks/results/media_mix.json``, prints a JSON line a plan; of the
+whole mix on a GPU, writes ``benchmarks/results/balance_media.json`` and ``docs/balance_media.md``.
 """
 
 from __future__ import annotations
@@ -29,6 +31,33 @@ from lightrft.samples import MediaItem, Reading
 from lightrft.sequence_cost import SequenceCost
 
 MIX = Path(__file__).parent / "results" / "media_mix.json"
+RESULTS = Path(__file__).parent / "results" / "balance_media.json"
+PAGE = Path(__file__).parents[1] / "docs" / "balance_media.md"
+TEXT = """# Text and images spread over ranks
+
+<!-- written by benchmarks/balance_media.py; change that instead -->
+
+Half of the samples bring images, and an image costs what its patches do in the tower, with attention among them,
+besides its tokens in the decoder. A rank that happens to hold the large ones keeps all others waiting; rows are
+spread by that whole cost ([text alone](balance.md)).
+
+The mix ([`media_mix.json`](../benchmarks/results/media_mix.json)) is synthetic, drawn once by `sample()` in
+[`benchmarks/balance_media.py`](../benchmarks/balance_media.py): 64 groups of 8 responses, every second group with one
+to four images of 224 to 1008 pixels a side, questions of 32 to 512 tokens, log-normal responses of 16 to 4096;
+{tokens} tokens in all. The model has the shape of Qwen2-VL-2B, in bfloat16 with gradient checkpointing; {budget}
+tokens a micro-batch, {ranks} ranks.
+
+Each rank's micro-batches were computed, forward and backward, one after the other on one {device}. *Counted*: work of
+the busiest rank over the mean, by operations. *Timed*: the same in seconds. *Step*: the slowest rank's seconds, where
+ranks wait for each other once an update (`ddp`); *sharded*: where they wait in each micro-step (`fsdp2`, `zero3`).
+
+| rows | counted | timed | step | sharded | micro-steps |
+|---|---:|---:|---:|---:|---:|
+{rows}
+
+Balanced, a step is {ddp} shorter, and {fsdp2} where the model is sharded. Counting tokens alone does as well on this
+mix, whose images cost most as tokens of the decoder.
+"""
 RANKS, GROUPS, SAMPLES = 8, 64, 8
 BUDGET = 12288  # tokens of a micro-batch
 IMAGE_TOKEN, MERGED, PATCH = 151655, 2, 3 * 2 * 14 * 14  # patches of a side that are one token; numbers in a patch
@@ -136,9 +165,32 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="draw the mix anew")
     parser.add_argument("--shape", choices=SHAPES, default="2b")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--keep", action="store_true", help="compute nothing: write the page of the results")
     parser.add_argument("--groups", type=int, default=GROUPS, help="fewer, as a rehearsal")
     parser.add_argument("--plan-only", action="store_true", help="compute nothing: counted work alone")
     arguments = parser.parse_args()
+    if not arguments.keep:
+        results = compute_plans(arguments)
+        if arguments.plan_only or arguments.groups < GROUPS or arguments.device == "cpu":
+            return
+        RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n", encoding="utf-8")
+    PAGE.write_text(page(json.loads(RESULTS.read_text())), encoding="utf-8")
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    own, balanced = results[:2]
+    shorter = {key: f"{1 - balanced[f'{key}_seconds'] / own[f'{key}_seconds']:.0%}" for key in ("ddp", "fsdp2")}
+    rows = "\n".join(
+        f"| {one['plan']} | {one['counted_rank']:.3f} | {one['rank']:.3f} | {one['ddp_seconds']:.2f} s | "
+        f"{one['fsdp2_seconds']:.2f} s | {one['micro_steps']} |"
+        for one in results
+    )
+    about = {"tokens": own["tokens"], "ranks": own["ranks"], "device": own["device"], "budget": BUDGET}
+    return TEXT.format(rows=rows, **about, **shorter)
+
+
+def compute_plans(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Figures of each plan, printed as they are there."""
     if arguments.sample:
         lines = ",\n".join(json.dumps(group) for group in sample())
         MIX.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
@@ -158,8 +210,11 @@ def main() -> None:
     if not arguments.plan_only:
         for part in plans["balanced"][0]:  # compiles and sizes
             compute(actor, [rows[row] for row in part], arguments.device)
+    results = []
     for name, plan in plans.items():
-        print(json.dumps({"plan": name, **figures(plan, costs, tokens, rows, actor, arguments)}), flush=True)
+        results.append({"plan": name, **figures(plan, costs, tokens, rows, actor, arguments)})
+        print(json.dumps(results[-1]), flush=True)
+    return results
 
 
 def figures(

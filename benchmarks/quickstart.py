@@ -41,7 +41,9 @@ class Target:
 
 TARGETS = {
     "text": Target(480, 0.4, 0.5, 0.9, "Two-digit addition, 1000 held-out sums"),
-    "vision": Target(600, 0.25, guessing=(1 / 3 + 1 / 4 + 1 / 4 + 1 / 2) / 4, title="Questions about images, 300 held-out ones"),
+    "vision": Target(
+        600, 0.25, guessing=(1 / 3 + 1 / 4 + 1 / 4 + 1 / 2) / 4, title="Questions about images, 300 held-out ones"
+    ),
     "audio": Target(600, 0.25, title="Questions about sounds, 300 held-out ones"),
 }
 

@@ -41,14 +41,14 @@ class Detokenizer:
         return str(self._tokenizer.decode(visible, clean_up_tokenization_spaces=False))
 
     def decode_all(self, responses: Sequence[Sequence[int]]) -> list[str]:
-        """:meth:`decode` of each, over all cores where the tokenizer can."""
+        """:meth:`decode` of each, at once where the tokenizer can."""
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
             return [self.decode(tokens) for tokens in responses]
         tokens = joined(responses, torch.int64)
         shown = self._shown[tokens.clamp(max=len(self._shown) - 1)]
         counts = [int(own.sum()) for own in shown.split(list(map(len, responses)))]
-        tokens = iter(tokens[shown].tolist())
-        visible = [list(islice(tokens, count)) for count in counts]
+        left = iter(tokens[shown].tolist())
+        visible = [list(islice(left, count)) for count in counts]
         return list(self._tokenizer.backend_tokenizer.decode_batch(visible, skip_special_tokens=False))
 
     def special_id(self, text: str) -> int | None:

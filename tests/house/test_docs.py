@@ -250,6 +250,20 @@ def test_the_page_on_balance_is_that_of_the_results_and_they_meet_the_goal(monke
     assert all(max(balance.of_goal(one)) <= balance.GOAL for one in results["cases"])
 
 
+def test_the_page_on_balance_with_images_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import balance_media
+
+    assert json.loads(balance_media.MIX.read_text()) == balance_media.sample()
+    results = json.loads(balance_media.RESULTS.read_text())
+    assert balance_media.page(results) == balance_media.PAGE.read_text(), (
+        "run: python benchmarks/balance_media.py --keep"
+    )
+    own, balanced = results[:2]
+    assert balanced["counted_micro_step"] <= 1.05 and balanced["rank"] <= 1.05
+    assert all(balanced[name] <= 0.7 * own[name] for name in ("ddp_seconds", "fsdp2_seconds"))
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 

@@ -124,12 +124,13 @@ class Answer:
         """Add what vLLM gives; whether a stop string has ended the response."""
         if self.finish_reason == "stop":  # of before it was aborted
             return False
-        for at, token in enumerate(tokens):
-            if self._tail is not None and self._tail.completed_by(token):
-                self.tokens += tokens[: at + 1]
-                self.log_probs += log_probs[: at + 1]
-                self.finish_reason = "stop"
-                return True
+        if self._tail is not None:
+            for at, token in enumerate(tokens):
+                if self._tail.completed_by(token):
+                    self.tokens += tokens[: at + 1]
+                    self.log_probs += log_probs[: at + 1]
+                    self.finish_reason = "stop"
+                    return True
         self.tokens += tokens
         self.log_probs += log_probs
         if finish_reason is not None:
@@ -167,7 +168,7 @@ def responses(
         log_probs.zero_()
     drawn = iter(zip(answers, texts, tokens.split(lengths), log_probs.split(lengths)))
     groups = []
-    for prompt, own in zip(prompts, seeds):
+    for own in seeds:
         group = []
         for seed, (answer, text, its_tokens, its_log_probs) in zip(own, drawn):
             text = before_stop(text, stops)
