@@ -26,7 +26,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Target:
-    """What each seed must reach; a control must rise by less than 0.05, or end below what guessing scores.
+    """What each seed must reach. A control must rise by less than 0.05, or by 0.15 where it ends below guessing.
 
     A careless pupil is below guessing at first, and what it hears from a control makes it guess.
     """
@@ -51,7 +51,7 @@ TARGETS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TARGETS, nargs="+", default=["text"])
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs' folders")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of `quickstart-seeds` and its like")
     parser.add_argument("--keep", action="store_true", help="take what is under --root already instead of running")
     options = parser.parse_args()
     failures = [failure for task in options.task for failure in check(task, options)]
@@ -95,7 +95,7 @@ def missed(runs: dict[str, dict[str, Any]], target: Target) -> list[str]:
         before, after = run["accuracy_before"], run["accuracy_after"]
         reached = before < target.below and after >= max(target.at_least, before + target.rise)
         if name == "control":
-            if after >= max(before + 0.05, target.guessing):
+            if after >= max(before + 0.05, min(before + 0.15, target.guessing)):
                 failures.append(f"control: rose from {before:.3f} to {after:.3f} without anything to learn from")
         elif not reached or run["seconds"] >= target.seconds:
             failures.append(f"{name}: {before:.3f} to {after:.3f} in {run['seconds']:.0f} s; wanted is {target}")

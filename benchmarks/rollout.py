@@ -1,6 +1,6 @@
 """Rollout on one GPU: speed beside raw vLLM, what sleep frees, and what 8-bit weights change. One JSON line a figure.
 
-    python benchmarks/rollout.py speed sleep fp8 [--shape 0.5b] [--cycles 50] [--out FILE]
+    python benchmarks/rollout.py speed sleep fp8 [--shape 0.5b] [--cycles 50]
 
 Random weights in a Qwen2.5 shape; nothing is downloaded. Each part runs in a process of its own, as a process holds one
 vLLM. ``--device cpu --shape tiny`` is a rehearsal.

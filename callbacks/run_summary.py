@@ -14,9 +14,9 @@ from lightrft.callbacks.validation import Validation
 class RunSummary(RFTCallback):
     """Writes ``<log_dir>/summary.json`` and prints its table at the end of training.
 
-    The keys are ``metric``, ``accuracy_before`` and ``accuracy_after`` (of that metric: it is an accuracy where rewards
-    are 0 or 1), ``seconds`` (of all iterations, validation apart), ``tokens_per_second`` and ``artefacts``; ``null`` is
-    what was not measured. It reads the run's ``Validation`` and
+    The keys are ``metric`` (a mean reward, which is an accuracy where rewards are 0 or 1), its value as
+    ``accuracy_before`` and ``accuracy_after``, ``seconds`` (of all iterations, validation apart),
+    ``tokens_per_second`` and ``artefacts``; ``null`` is what was not measured. It reads the run's ``Validation`` and
     ``Throughput`` callbacks.
 
     Attributes:

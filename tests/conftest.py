@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 # Begun first, so that at the end of `make test` no worker waits long for another's last file.
 LONGEST = {"test_exact_resume.py", "test_launching.py", "test_resume_elsewhere.py", "test_sharding.py"}
 LONGEST |= {"test_own_process.py", "test_split_invariance.py", "test_sequence_parallel.py", "test_fit.py"}
+LONGEST |= {"test_learning.py", "test_offload_during_rollout.py", "test_watchdog.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

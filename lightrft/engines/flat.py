@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, get_args
 
 import numpy as np
@@ -104,9 +104,9 @@ def unflatten_requests(flat: Flat) -> tuple[list[Prompt], list[list[int]]]:
     return prompts, [list(islice(seeds, count)) for count in flat["counts"].tolist()]
 
 
-def joined(rows: Iterable[Iterable[float]], dtype: torch.dtype) -> Tensor:
-    """All numbers of all rows, one after the other: ``[T]`` of ``dtype``, a third of the time of ``torch.tensor``."""
-    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), _NUMPY[dtype]))
+def from_list(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """``[N]`` of ``dtype``, int64 or float32, in a fraction of the time that ``torch.tensor`` takes for a list."""
+    return torch.from_numpy(np.array(numbers, _NUMPY[dtype]))
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, StoppingCriteria
-
-from lightrft.engines.flat import joined
 
 
 class Detokenizer:
@@ -26,9 +23,6 @@ class Detokenizer:
         added = tokenizer.added_tokens_decoder.items()
         self._special = set(tokenizer.all_special_ids) | {index for index, token in added if token.special}
         self._visible = set(tokenizer.get_vocab().values()) - self._special
-        # By id, for many at once; the last entry stands for every id beyond.
-        self._shown = torch.zeros(max(self._visible, default=0) + 2, dtype=torch.bool)
-        self._shown[list(self._visible)] = True
         self._tokenizer = tokenizer
 
     def visible(self, token: int) -> bool:
@@ -44,11 +38,7 @@ class Detokenizer:
         """:meth:`decode` of each, at once where the tokenizer can."""
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
             return [self.decode(tokens) for tokens in responses]
-        tokens = joined(responses, torch.int64)
-        shown = self._shown[tokens.clamp(max=len(self._shown) - 1)]
-        counts = [int(own.sum()) for own in shown.split(list(map(len, responses)))]
-        left = iter(tokens[shown].tolist())
-        visible = [list(islice(left, count)) for count in counts]
+        visible = [[token for token in tokens if token in self._visible] for tokens in responses]
         return list(self._tokenizer.backend_tokenizer.decode_batch(visible, skip_special_tokens=False))
 
     def special_id(self, text: str) -> int | None:

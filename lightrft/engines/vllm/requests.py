@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightrft.engines.base import EngineError, WakePart
-from lightrft.engines.flat import joined
+from lightrft.engines.flat import from_list
 from lightrft.engines.stopping import Detokenizer, Tail, before_stop
 from lightrft.samples import Prompt, Response, Sampling
 
@@ -160,34 +160,21 @@ def responses(
         EngineError: log-probs that are not finite; names the prompt.
     """
     texts = detokenizer.decode_all([answer.tokens for answer in answers])
-    lengths = [len(answer.tokens) for answer in answers]
-    # Made together, as hundreds of small ones take longer than a step of the model.
-    tokens = joined([answer.tokens for answer in answers], torch.int64)
-    log_probs = joined([answer.log_probs for answer in answers], torch.float32)
-    if sampling.temperature == 0:  # vLLM gives a greedy token the log-prob it had before the others were ruled out
-        log_probs.zero_()
-    drawn = iter(zip(answers, texts, tokens.split(lengths), log_probs.split(lengths)))
+    drawn = iter(zip(answers, texts))
     groups = []
-    for own in seeds:
+    for prompt, own in zip(prompts, seeds):
         group = []
-        for seed, (answer, text, its_tokens, its_log_probs) in zip(own, drawn):
+        for seed, (answer, text) in zip(own, drawn):
+            log_probs = from_list(answer.log_probs, torch.float32)
+            if sampling.temperature == 0:  # vLLM gives a greedy token the log-prob it had before others were ruled out
+                log_probs.zero_()
+            if not bool(log_probs.isfinite().all()):
+                raise EngineError(
+                    f"The model's logits for prompt {prompt.uid!r} are not finite under weights of version "
+                    f"{weight_version}; training has diverged, or the engine's dtype is too narrow."
+                )
+            token_ids = from_list(answer.tokens, torch.int64)
             text = before_stop(text, stops)
-            # Copies, so that keeping one response does not keep all.
-            own_tensors = its_tokens.clone(), its_log_probs.clone()
-            group.append(Response(*own_tensors, text, answer.finish_reason, weight_version, seed))
+            group.append(Response(token_ids, log_probs, text, answer.finish_reason, weight_version, seed))
         groups.append(group)
-    if not bool(log_probs.isfinite().all()):
-        raise _not_finite(prompts, groups, weight_version)
     return groups
-
-
-def _not_finite(prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]], weight_version: int) -> EngineError:
-    uids = (
-        prompt.uid
-        for prompt, group in zip(prompts, groups)
-        if not all(bool(response.log_probs.isfinite().all()) for response in group)
-    )
-    return EngineError(
-        f"The model's logits for prompt {next(uids)!r} are not finite under weights of version {weight_version}; "
-        "training has diverged, or the engine's dtype is too narrow."
-    )
