@@ -78,7 +78,7 @@ def measure(task: str, root: Path, keep: bool, seed: int, *flags: str) -> dict[s
         subprocess.run(command, check=True)
     summary = json.loads((root / "summary.json").read_text())
     curve = read_curve(Path(summary["artefacts"]) / "metrics.csv")
-    figures = {key: value for key, value in summary.items() if isinstance(value, float)}
+    figures = {key: value for key, value in summary.items() if key not in ("metric", "artefacts")}
     return {**figures, "held_out_accuracy_by_iteration": curve}
 
 

@@ -303,7 +303,8 @@ def mismatch(bench: Bench, label: str) -> None:
 def fresh(arguments: argparse.Namespace) -> None:
     """Greedy answers of vLLM started from a checkpoint's folder."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0" if arguments.device == "cpu" else "1")  # as VLLMEngine's
+    if arguments.device != "cpu":
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")  # as VLLMEngine's
     from vllm import LLM, SamplingParams
 
     folder = Path(arguments.folder)

@@ -1,4 +1,4 @@
-"""Three presets of different kinds learn, one seed each; ``make learn`` runs all of them for three seeds."""
+"""Four presets of different kinds learn, one seed each; ``make learn`` runs all of them for three seeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def root(learn: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("preset", ["gspo", "reinforce_plus_plus", "ppo"])
+@pytest.mark.parametrize("preset", ["gspo", "dapo", "reinforce_plus_plus", "ppo"])
 def test_held_out_accuracy_rises(learn: ModuleType, root: Path, preset: str) -> None:
     run = learn.measure(root, preset, seed=0, iterations=8)
     assert run["before"] < 0.5 and run["after"] - run["before"] >= learn.RISE, run
