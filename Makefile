@@ -76,7 +76,7 @@ $(SGLANG_SITE)/.installed: tests/engines/sglang_site/requirements.txt | $(VENV)/
 ## test-sglang: what needs SGLang, on the CPU, in a process with packages of its own
 test-sglang: $(SGLANG_SITE)/.installed
 	LIGHTRFT_SGLANG_SITE=tests/engines/sglang_site:$(SGLANG_SITE) OMP_NUM_THREADS=1 \
-		$(VENV)/bin/python -m pytest --show-capture=no tests/engines/test_sglang_engine.py
+		$(VENV)/bin/python -m pytest --show-capture=no tests/engines/test_sglang_engine.py tests/engines/test_sglang_media.py
 
 ## test-gpu: what needs a CUDA device, with the engines that are installed
 test-gpu:

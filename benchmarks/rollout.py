@@ -123,48 +123,56 @@ def speed(arguments: argparse.Namespace) -> None:
         "tail": Sampling(max_new_tokens=long, stop_token_ids=bench.stop_ids),
     }
 
-    def ours(sampling: Sampling, turn: int) -> int:
-        groups = bench.engine.generate(bench.prompts, sampling, bench.seeds(turn))
-        return sum(len(response.token_ids) for group in groups for response in group)
+    seeds = bench.seeds(0)  # in every turn, so that lengths which are drawn are the same too
+    lengths: list[list[int]] = []
 
-    def raw(sampling: Sampling, turn: int, seeded: bool, lean: bool) -> int:
+    def ours(sampling: Sampling) -> int:
+        groups = bench.engine.generate(bench.prompts, sampling, seeds)
+        lengths[:] = [[len(response.token_ids) for response in group] for group in groups]
+        return sum(map(sum, lengths))
+
+    def raw(sampling: Sampling, seeded: bool) -> int:
+        """The same work: as many tokens of each response as ours drew last."""
         common: dict[str, Any] = {
-            "max_tokens": sampling.max_new_tokens,
             "ignore_eos": True,
-            "stop_token_ids": list(sampling.stop_token_ids),
             "logprobs": 0,
             "output_kind": RequestOutputKind.FINAL_ONLY,
             "detokenize": False,
-            "flat_logprobs": lean,
+            "flat_logprobs": True,
         }
         prompts, params = [], []
-        for prompt, seeds in zip(bench.prompts, bench.seeds(turn)):
+        for prompt, own, tokens in zip(bench.prompts, seeds, lengths):
             asked = {"prompt_token_ids": prompt.token_ids.tolist()}
             if seeded:
-                prompts += [asked] * len(seeds)
-                params += [SamplingParams(**common, seed=seed) for seed in seeds]
+                prompts += [asked] * len(own)
+                params += [SamplingParams(**common, seed=seed, max_tokens=count) for seed, count in zip(own, tokens)]
+            elif sampling.stop_token_ids:
+                prompts += [asked] * len(own)
+                params += [SamplingParams(**common, max_tokens=count) for count in tokens]
             else:
                 prompts.append(asked)
-                params.append(SamplingParams(**common, n=len(seeds)))
+                params.append(SamplingParams(**common, n=len(own), max_tokens=sampling.max_new_tokens))
         outputs = bench.engine._llm.generate(prompts, params, use_tqdm=False)
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
 
-    ways: dict[str, Callable[[Sampling, int], int]] = {
+    ways: dict[str, Callable[[Sampling], int]] = {
         "ours": ours,
-        "raw": lambda sampling, turn: raw(sampling, turn, seeded=False, lean=True),
-        "seeded": lambda sampling, turn: raw(sampling, turn, seeded=True, lean=True),
+        "raw": lambda sampling: raw(sampling, seeded=False),
+        "seeded": lambda sampling: raw(sampling, seeded=True),
     }
     ways = {way: ways[way] for way in arguments.ways}
     for label in arguments.workloads:
         sampling = workloads[label]
+        if "ours" not in ways:
+            ours(sampling)
         rates: dict[str, list[float]] = {way: [] for way in ways}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(arguments.turns + 1):
-            for way in list(ways)[:: 1 if turn % 2 else -1]:  # none is always the one after the other
+            for way in list(ways)[:: -1 if turn % 2 else 1]:  # none is always the one after the other
                 bench.engine._forget()
                 gc.collect()
                 start = time.perf_counter()
-                count = ways[way](sampling, turn)
+                count = ways[way](sampling)
                 took = time.perf_counter() - start
                 if turn:  # the first warms up
                     rates[way].append(count / took)

@@ -121,6 +121,13 @@ def png(number: int) -> bytes:
     return file.getvalue()
 
 
+def plain(width: int, height: int) -> bytes:
+    """All of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 60, 20)).save(file, "PNG")
+    return file.getvalue()
+
+
 def gif(number: int) -> bytes:
     """Four frames, or six where ``number`` is odd, each shown for a third of a second."""
     frames = [Image.open(io.BytesIO(png(number % 3 + 6 * at))) for at in range(4 + 2 * (number % 2))]
@@ -244,7 +251,8 @@ def _qwen_vl(
 
 
 def _qwen2_vl() -> MediaWorld:
-    vision = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
+    # Published checkpoints say how many channels there are by this name, which SGLang reads.
+    vision = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2, "in_chans": 3}
     return _qwen_vl(Qwen2VLForConditionalGeneration, Qwen2VLProcessor, vision, {})
 
 

@@ -19,10 +19,11 @@ def checkpoint_names(model: PreTrainedModel, names: Iterable[str]) -> list[dict[
         forms from the likeliest on: as in memory, by the table of the model itself, by the tables of the models inside
         it too, without and with the prefixes that they may take away.
     """
-    from transformers.conversion_mapping import extract_weight_conversions_for_model, get_model_conversion_mapping
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    own = extract_weight_conversions_for_model(model) or []
+    kinds = (type(model).__name__, model.config.model_type)
+    own: list[Any] = next(filter(None, map(get_checkpoint_conversion_mapping, kinds)), [])
     every = get_model_conversion_mapping(model, add_legacy=False)
     tables = [[], own, [one for one in every if not isinstance(one, PrefixChange)], every]
     renamings = [_backwards(table) for table in tables]

@@ -72,6 +72,10 @@ class MediaProcessor:
                 continue
             if index is not None and index != tokenizer.unk_token_id:  # a processor may name one that is not there
                 self._tokens[kind], self._ids[kind] = token, index
+        # Around a placeholder that stands alone transformers 5.8 puts Qwen2-Audio's marks, which the text has already.
+        marks = (getattr(processor, f"audio_{mark}_token", None) for mark in ("bos", "eos"))
+        ids = [tokenizer.convert_tokens_to_ids(mark) for mark in marks if mark]
+        self._marks = torch.tensor([index for index in ids if index is not None], dtype=torch.int64)
 
     @classmethod
     def of(cls, processor: Any) -> MediaProcessor | None:
@@ -240,6 +244,7 @@ class MediaProcessor:
             text = [self._tokens[kind]]
             made = dict(self._processor(text=text, add_special_tokens=False, return_tensors="pt", **given))
         token_ids = made.pop("input_ids")[0]
+        token_ids = token_ids[~torch.isin(token_ids, self._marks)]
         if kind == "audios" and len(token_ids) < 2:
             # Of single tokens Qwen2-Audio thinks that they were not expanded, and puts in more.
             raise MediaError(f"{len(decoded[0])} samples are too short to be heard")

@@ -55,7 +55,7 @@ class Rank(nn.Module):
 def loaded() -> list[LiveWeights]:
     ranks = [LiveWeights(Rank(rank)) for rank in range(2)]
     for rank in ranks:
-        rank.load(WEIGHTS.items())
+        rank.load([((name,), tensor) for name, tensor in WEIGHTS.items()])
     return ranks
 
 
@@ -87,8 +87,20 @@ def test_a_change_of_what_any_rank_computes_with_is_seen_and_of_that_weight_alon
 def test_what_the_loader_passes_over_or_refuses_is_named():
     live = LiveWeights(Rank(0))
     with pytest.raises(EngineError, match=r"no place.*nonsense"):
-        live.load([("nonsense", torch.zeros(3))])
+        live.load([(("nonsense", "more of it"), torch.zeros(3))])
     with pytest.raises(EngineError, match=r"k\.weight"):
-        live.load([("k.weight", torch.zeros(3, 6))])
+        live.load([(("k.weight",), torch.zeros(3, 6))])
     with pytest.raises(EngineError, match=r"norm.*not been pushed"):
         live.held(["norm"])
+
+
+def test_it_is_taken_by_whatever_name_the_loader_knows_and_held_by_the_first():
+    ranks = [LiveWeights(Rank(rank)) for rank in range(2)]
+    for rank in ranks:
+        for _ in range(2):  # the second time by the name that was found
+            rank.load([((f"model.{name}", "nonsense", name), tensor) for name, tensor in WEIGHTS.items()])
+        with pytest.raises(EngineError, match=r"cannot take 'model\.k\.weight'"):
+            rank.load([(("model.k.weight", "k.weight"), torch.zeros(3, 6))])
+    held = [rank.held([f"model.{name}" for name in WEIGHTS if name != "norm"]) for rank in ranks]
+    for name in WEIGHTS.keys() - {"norm"}:
+        assert whole_fingerprint([part for one in held for part in one[f"model.{name}"]]) == fingerprint(WEIGHTS[name])

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightrft.engines.base import Engine, EngineError, WakePart
 from lightrft.engines.buckets import packed
 from lightrft.engines.group import EngineGroup
-from lightrft.engines.process import shared_memory
+from lightrft.engines.process import names, shared_memory
 from lightrft.engines.process.child import EngineProcess
 from lightrft.engines.process.worker import Answer, Bucket, Call
 from lightrft.ops.fingerprint import Fingerprint
@@ -94,6 +94,8 @@ class OwnProcess(Engine):
         process = EngineProcess(self.python or sys.executable, self._site_folders(), self.timeout_seconds)
         try:
             _save(config, tokenizer, process.folder)
+            if self.python or self.site:  # its transformers may not be this one
+                names.written(config, process.folder / "names.json")
             with process.conversation("start"):
                 answer = process.ask("start", _pickled(self.engine), self._device, torch.get_num_threads())
             self.in_float8, self.dropped = self._result(answer)

@@ -21,6 +21,8 @@ from lightrft.engines.buckets import Piece, unpacked
 from lightrft.engines.process import shared_memory
 from lightrft.engines.process.failures import Failure
 from lightrft.engines.process.messages import Line
+from lightrft.engines.process.names import Names
+from lightrft.ops.fingerprint import Fingerprint
 from lightrft.whereabouts import here
 
 _SECONDS_BETWEEN_LOOKS = 0.25
@@ -78,7 +80,12 @@ class Worker:
         self._line, self._shared, self._parent, self._folder = line, shared, parent, folder
         self._engine = Engine()
         self._device = torch.device("cpu")
-        self._own: dict[str, Callable[..., Any]] = {"start": self._start, "push": self._push}
+        self._names = Names({})
+        self._own: dict[str, Callable[..., Any]] = {
+            "start": self._start,
+            "push": self._push,
+            "fingerprint": self._fingerprint,
+        }
 
     def serve(self) -> None:
         """Return when the engine has been closed."""
@@ -112,7 +119,10 @@ class Worker:
         if (folder / "processor_config.json").exists():
             auto = transformers.AutoProcessor
         self._engine.start(config, auto.from_pretrained(folder, local_files_only=True), device)
-        return self._engine.in_float8, self._engine.dropped
+        if (names := self._folder / "names.json").exists():
+            self._names = Names.read(names, config)
+        in_float8, dropped = (map(self._names.there, own) for own in (self._engine.in_float8, self._engine.dropped))
+        return frozenset(in_float8), frozenset(dropped)
 
     def _push(
         self, method: str, first: tuple[Any, ...], version: int, size: int, key: bytes | None, buckets: int
@@ -123,8 +133,13 @@ class Worker:
                 shared_memory.settle(memory)
                 self._send(Progress(bucket=True))
 
-            tensors = unpacked(self._next_bucket, done, memory.chunk(buckets))
+            arriving = unpacked(self._next_bucket, done, memory.chunk(buckets))
+            tensors = ((self._names.here(name), tensor) for name, tensor in arriving)
             getattr(self._engine, method)(*first, tensors, version)
+
+    def _fingerprint(self, names: list[str]) -> dict[str, Fingerprint]:
+        found = self._engine.fingerprint([self._names.here(name) for name in names])
+        return {name: found[self._names.here(name)] for name in names}
 
     def _next_bucket(self) -> list[Piece] | None:
         bucket: Bucket = self._receive()

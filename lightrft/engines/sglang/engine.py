@@ -16,12 +16,15 @@ from torch import Tensor
 
 from lightrft.engines.base import EngineError, WakePart
 from lightrft.engines.checked import CheckedEngine
+from lightrft.engines.checkpoint_names import checkpoint_names
 from lightrft.engines.manifest import Manifest
 from lightrft.engines.process.messages import dumps
+from lightrft.engines.sglang import media as with_media
 from lightrft.engines.sglang import scheduler as inside
 from lightrft.engines.sglang.live_weights import whole_fingerprint
 from lightrft.engines.skeleton import build
 from lightrft.engines.stopping import Tail, before_stop
+from lightrft.media import MediaError
 from lightrft.ops.fingerprint import Fingerprint
 from lightrft.samples import Prompt, Response, Sampling
 from lightrft.whereabouts import mark
@@ -64,6 +67,8 @@ class SGLangEngine(CheckedEngine):
         ValueError: a value outside its range, or an option that the engine sets itself.
     """
 
+    reads_media = True
+
     def __init__(
         self,
         dtype: Literal["bfloat16", "float16", "float32"] | None = None,
@@ -97,11 +102,17 @@ class SGLangEngine(CheckedEngine):
         model = build(config, self._wanted_dtype, torch.device("meta"))
         if self._device.type == "cuda" and model.dtype == torch.float32:
             raise EngineError("SGLang's kernels for GPUs take no float32; set dtype to bfloat16 or float16.")
-        self._manifest = Manifest(model)
+        if self._never_drawn and type(model).__name__ not in with_media.SERVED:
+            raise EngineError(
+                f"SGLang has no model of this form, so SGLangEngine does not serve {type(model).__name__}; choose "
+                "VLLMEngine or TransformersEngine."
+            )
+        self._model, self._manifest = model, Manifest(model)
+        self._names = _names(model, self._manifest)
         self._model_dtype = model.dtype
         self._embedded = int(model.get_input_embeddings().num_embeddings)
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft-sglang-")
-        _write_folder(Path(self._folder.name), model, tokenizer)
+        _write_folder(Path(self._folder.name), model, tokenizer, self._processor)
         try:
             with _environment(self._device):
                 self._engine = _engine_class()(**self._arguments(model))
@@ -110,6 +121,8 @@ class SGLangEngine(CheckedEngine):
             if isinstance(error, EngineError):
                 raise
             raise EngineError(f"SGLang cannot serve {type(model).__name__}: {error}") from error
+        if self._media is not None:
+            self._engine.tokenizer_manager.mm_processor = with_media.AsPrepared()
         self._steps = inside.steps_file(Path(self._folder.name))
 
     def _arguments(self, model: Any) -> dict[str, Any]:
@@ -125,6 +138,7 @@ class SGLangEngine(CheckedEngine):
             "context_length": None if self._context is None else self._context + _SPARE_CONTEXT,
             "sampling_backend": "pytorch",  # the name that ours takes
             "attention_backend": self._attention_backend or ("torch_native" if on_cpu else "triton"),
+            "mm_attention_backend": "sdpa" if on_cpu else "triton_attn",
             "mem_fraction_static": self._mem_fraction_static,
             "enable_memory_saver": not on_cpu,
             "random_seed": 0,
@@ -140,17 +154,35 @@ class SGLangEngine(CheckedEngine):
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Response]]:
         stops, stop_ids = self._split_stops(sampling)
-        asked, params = [], []
+        asked: list[list[int]] = []
+        media: list[Any] = []
+        params = []
         for prompt, own in zip(prompts, seeds):
-            asked += [prompt.token_ids.tolist()] * len(own)
+            token_ids, its_media = self._read(prompt, sampling)
+            asked += [token_ids] * len(own)
+            media += [its_media] * len(own)
             params += [_sampling_params(sampling, seed, stops, stop_ids) for seed in own]
-        outputs = self._run(asked, params)
+        outputs = self._run(asked, params, **({"image_data": media} if any(media) else {}))
         texts = self._detokenizer.decode_all([output["output_ids"] for output in outputs])
         drawn = iter(zip(outputs, texts))
         return [
             [self._response(prompt, *next(drawn), sampling, seed, stops, stop_ids) for seed in own]
             for prompt, own in zip(prompts, seeds)
         ]
+
+    def _read(self, prompt: Prompt, sampling: Sampling) -> tuple[list[int], Any]:
+        """A prompt's tokens, its placeholders expanded, and its media as SGLang takes them, if it has some."""
+        if self._media is None or not prompt.media:
+            return prompt.token_ids.tolist(), None
+        reading = self._media.read(prompt)
+        if any(with_media.SECONDS in item.features for item in reading.items):
+            # Qwen2.5-VL's; transformers 5.8, which SGLang pins, rounds them before it multiplies.
+            raise MediaError(
+                f"Prompt {prompt.uid!r} has videos whose frames are placed by seconds, which SGLang's transformers "
+                "does otherwise than the trainer's; choose TransformersEngine."
+            )
+        self._check_length(len(reading.token_ids), f"Prompt {prompt.uid!r}", sampling.max_new_tokens)
+        return reading.token_ids.tolist(), with_media.prepared(self._model, reading, torch.tensor(self._never_drawn))
 
     def _response(
         self,
@@ -220,19 +252,20 @@ class SGLangEngine(CheckedEngine):
         return task.result()
 
     def _push(self, tensors: Iterable[tuple[str, Tensor]], complete: bool) -> None:
-        bucket: list[tuple[str, Tensor]] = []
+        bucket: list[tuple[Sequence[str], Tensor]] = []
         for name, tensor in self._manifest.checked(tensors, complete):
             mark()
             weight = self._manifest.find(name)
             # Under one name, as tied weights are one in SGLang too.
-            bucket.append((self._manifest.tied(name)[0], tensor.detach().to(self._device, weight.dtype)))
+            names = self._names[self._manifest.tied(name)[0]]
+            bucket.append((names, tensor.detach().to(self._device, weight.dtype)))
             if sum(one.nbytes for _, one in bucket) >= _BUCKET_BYTES:
                 self._load(bucket)
                 bucket = []
         self._load(bucket)
         self._call("forget")
 
-    def _load(self, bucket: list[tuple[str, Tensor]]) -> None:
+    def _load(self, bucket: list[tuple[Sequence[str], Tensor]]) -> None:
         on_cuda = self._device.type == "cuda"
         if on_cuda:
             torch.cuda.synchronize(self._device)
@@ -311,10 +344,18 @@ def _engine_class() -> Any:
     return SeededEngine
 
 
-def _write_folder(folder: Path, model: Any, tokenizer: Any) -> None:
+def _names(model: Any, manifest: Manifest) -> dict[str, list[str]]:
+    """By name in memory, that one and then what else a weight may be called in a checkpoint."""
+    forms = checkpoint_names(model, manifest.named)
+    return {name: list(dict.fromkeys(form[name] for form in forms)) for name in manifest.named}
+
+
+def _write_folder(folder: Path, model: Any, tokenizer: Any, processor: Any) -> None:
     """What SGLang reads of a model, and our part of its scheduler processes."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    if processor is not tokenizer:
+        processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder / inside.TOKENIZER)
     (folder / inside.STEPS).write_bytes(bytes(8))
 

@@ -57,24 +57,39 @@ class LiveWeights:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._places: dict[str, list[tuple[Tensor, Region]]] = {}
+        self._called: dict[str, str] = {}
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, tensors: Iterable[tuple[Sequence[str], Tensor]]) -> None:
         """Take whole tensors.
+
+        Args:
+            tensors: each with what it may be called: first its name for :meth:`held`, which is tried last.
 
         Raises:
             EngineError: one of which nothing was copied into the model, or that it refused; names it.
         """
-        for name, tensor in tensors:
+        for names, tensor in tensors:
+            own, *others = names
+            tried = [self._called[own]] if own in self._called else [*others, own]
+            self._called[own], self._places[own] = self._taken(own, tried, tensor)
+
+    def _taken(self, own: str, tried: Sequence[str], tensor: Tensor) -> tuple[str, list[tuple[Tensor, Region]]]:
+        """The first of the names under which the model takes it, and where to."""
+        model, failure = type(self._model).__name__, None
+        for name in tried:
             copies = _Copies(tensor)
             try:
                 with copies:
                     self._model.load_weights([(name, tensor)])
             except Exception as error:
-                raise EngineError(f"{type(self._model).__name__} cannot take {name!r}: {error!r}") from error
-            if not copies.made:
-                raise EngineError(f"{type(self._model).__name__} has no place for a weight named {name!r}.")
-            self._places[name] = copies.made
+                failure = failure or error
+                continue
+            if copies.made:
+                return name, copies.made
+        if failure is not None:
+            raise EngineError(f"{model} cannot take {own!r}: {failure!r}") from failure
+        raise EngineError(f"{model} has no place for a weight named {own!r}.")
 
     def held(self, names: Sequence[str]) -> dict[str, list[Held]]:
         """What this rank's model holds now of weights that were loaded.

@@ -16,7 +16,9 @@ from lightrft.engines.process.failures import Failure
 from lightrft.engines.process.messages import loads
 from lightrft.engines.sglang import request_draw
 from lightrft.engines.sglang.live_weights import Held, LiveWeights
+from lightrft.engines.sglang.media import hear_clips_alone
 from lightrft.engines.stopping import Detokenizer, Tail
+from lightrft.media import placeholder_ids
 from lightrft.ops.collectives import everyone
 
 BUSY = "busy"
@@ -32,6 +34,7 @@ def run(server_args: Any, *arguments: Any) -> None:
     register_sampler_backend(server_args.sampling_backend, _sampler_class())
     SamplingBatchInfo.adjusted_from_schedule_batch = _add_seeds  # meant to be replaced
     schedule_batch.Req._check_str_based_finish = _ends_by_string
+    hear_clips_alone()
     scheduler.Scheduler = _scheduler_class(scheduler.Scheduler)
     scheduler.run_scheduler_process(server_args, *arguments)
 
@@ -83,13 +86,17 @@ def _requests(info: Any, positions: Tensor) -> request_draw.Requests:
 def _sampler_class() -> Any:
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.server_args import get_global_server_args
+    from transformers import AutoConfig
 
     class SeededSampler(Sampler):
         """Draws by each request's seed, and reports log-probs of the distribution that it drew from."""
 
         def __init__(self) -> None:
             super().__init__()
-            self._steps = steps_file(Path(get_global_server_args().model_path))
+            folder = Path(get_global_server_args().model_path)
+            self._steps = steps_file(folder)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            self._never_drawn = torch.tensor(placeholder_ids(config), dtype=torch.int64)
 
         def forward(
             self,
@@ -100,8 +107,11 @@ def _sampler_class() -> Any:
             token_ids_logprobs: Any,
             positions: Tensor,
         ) -> Tensor:
-            requests = _requests(sampling_info, positions)
-            tokens, log_probs = request_draw.draw(logits_output.next_token_logits, requests)
+            requests, logits = _requests(sampling_info, positions), logits_output.next_token_logits
+            if len(self._never_drawn):
+                self._never_drawn = self._never_drawn.to(logits.device)
+                logits = logits.index_fill(-1, self._never_drawn, -torch.inf)
+            tokens, log_probs = request_draw.draw(logits, requests)
             if dist.get_world_size(self.tp_sync_group) > 1:
                 # Logits of ranks may differ by rounding, and ranks with other tokens would wait for each other.
                 dist.broadcast(tokens, group_src=0, group=self.tp_sync_group)
@@ -169,12 +179,12 @@ def _load(scheduler: Any, tensors: bytes) -> None:
     """Tensors by reference on a CUDA device, on a CPU themselves."""
     device = torch.device(scheduler.tp_worker.model_runner.device)
     found = _referred(tensors) if device.type == "cuda" else loads(tensors)
-    _live(scheduler).load([(name, tensor.to(device)) for name, tensor in found])
+    _live(scheduler).load([(names, tensor.to(device)) for names, tensor in found])
     if device.type == "cuda":
         torch.cuda.synchronize()  # before the sender frees them
 
 
-def by_reference(tensors: list[tuple[str, Tensor]]) -> bytes:
+def by_reference(tensors: list[tuple[Sequence[str], Tensor]]) -> bytes:
     """CUDA tensors for the scheduler processes; they must be kept until these have answered."""
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
@@ -184,12 +194,12 @@ def by_reference(tensors: list[tuple[str, Tensor]]) -> bytes:
     return serialized
 
 
-def _referred(tensors: bytes) -> list[tuple[str, Tensor]]:
+def _referred(tensors: bytes) -> list[tuple[Sequence[str], Tensor]]:
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
     monkey_patch_torch_reductions()
-    found: list[tuple[str, Tensor]] = MultiprocessingSerializer.deserialize(tensors)
+    found: list[tuple[Sequence[str], Tensor]] = MultiprocessingSerializer.deserialize(tensors)
     return found
 
 
@@ -198,8 +208,18 @@ def _held(scheduler: Any, names: Sequence[str]) -> dict[str, list[Held]]:
 
 
 def _forget(scheduler: Any) -> str | None:
-    """Drop what old weights computed of prompts."""
-    return None if scheduler.flush_cache() else BUSY
+    """Drop what old weights computed: of prompts, of images and audio, which SGLang itself would keep."""
+    if not scheduler.flush_cache():
+        return BUSY
+    _forget_media()
+    return None
+
+
+def _forget_media() -> None:
+    from sglang.srt.managers import mm_utils
+
+    if mm_utils.embedding_cache is not None:
+        mm_utils.embedding_cache.clear()
 
 
 def _sleep(scheduler: Any, level: int) -> str | None:
@@ -218,6 +238,7 @@ def _sleep(scheduler: Any, level: int) -> str | None:
         scheduler.kept_weights = [(parameter.data, parameter.data.cpu()) for parameter in parameters]
     if awake:
         updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=awake))
+    _forget_media()  # which lie in memory that is not released
     torch.cuda.empty_cache()
     return None
 
