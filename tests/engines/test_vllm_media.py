@@ -33,7 +33,7 @@ class OnTheGPU(MediaContract):
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def whole_convolutions(cls) -> Iterator[None]:
-        """Not in TF32, as towers compute them on GPUs: that alone moved a log-prob by 0.023."""
+        """Not in TF32, which is what towers compute them in on GPUs."""
         before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         yield
         torch.backends.cudnn.allow_tf32 = before

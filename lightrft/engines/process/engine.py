@@ -93,10 +93,10 @@ class OwnProcess(Engine):
         self._device = torch.device(device)
         process = EngineProcess(self.python or sys.executable, self._site_folders(), self.timeout_seconds)
         try:
-            _save(config, tokenizer, process.folder)
-            if self.python or self.site:  # its transformers may not be this one
-                names.written(config, process.folder / "names.json")
             with process.conversation("start"):
+                _save(config, tokenizer, process.folder)
+                if self.python or self.site:  # its transformers may not be this one
+                    names.written(config, process.folder / "names.json")
                 answer = process.ask("start", _pickled(self.engine), self._device, torch.get_num_threads())
             self.in_float8, self.dropped = self._result(answer)
         except ImportError as error:
