@@ -348,7 +348,7 @@ def main() -> None:
         help="512 tokens each; one in 256 ends, 1024 at most",
     )
     parser.add_argument(
-        "--ways", nargs="+", default=["ours", "raw", "seeded"], help="raw: vLLM's generate, n=8; seeded: a seed each"
+        "--ways", nargs="+", default=["ours", "raw", "seeded"], help="raw: vLLM's own generate; seeded: a seed each"
     )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: starts in a quarter of the time")
     parser.add_argument("--folder")

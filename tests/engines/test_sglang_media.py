@@ -11,58 +11,34 @@ from lightrft.engines import EngineError, SGLangEngine
 from .media_contract import MediaContract
 from .test_sglang_engine import DEVICE, apart, needs_sglang
 
-unhurried = pytest.mark.timeout(600)
+ON_CPU = DEVICE.type == "cpu"
 
 
 @needs_sglang
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has a contract of its own")
-@unhurried
-class OnTheCPU(MediaContract):
-    make = staticmethod(lambda: apart("float32"))
+@pytest.mark.timeout(600)
+class OnItsDevice(MediaContract):
+    """On a GPU in float16, the narrowest rounding that SGLang's kernels there take."""
 
-
-@needs_sglang
-@pytest.mark.gpu
-@unhurried
-class OnTheGPU(MediaContract):
-    """In float16, the narrowest rounding that SGLang's kernels for GPUs take."""
-
+    pytestmark = [] if ON_CPU else [pytest.mark.gpu]
     device = DEVICE
-    tolerance = 6e-2
-    make = staticmethod(lambda: apart("float16"))
+    tolerance = MediaContract.tolerance if ON_CPU else 6e-2
+    make = staticmethod(lambda: apart("float32" if ON_CPU else "float16"))
 
 
-class TestQwen2VL(OnTheCPU):
+class TestQwen2VL(OnItsDevice):
     family = "qwen2_vl"
 
 
-class TestQwen2_5VL(OnTheCPU):
+class TestQwen2_5VL(OnItsDevice):
     family = "qwen2_5_vl"
     reads_videos = False
 
 
-class TestQwen3VL(OnTheCPU):
+class TestQwen3VL(OnItsDevice):
     family = "qwen3_vl"
 
 
-class TestQwenAudio(OnTheCPU):
-    family = "qwen2_audio_30s"
-
-
-class TestQwen2VLOnTheGPU(OnTheGPU):
-    family = "qwen2_vl"
-
-
-class TestQwen2_5VLOnTheGPU(OnTheGPU):
-    family = "qwen2_5_vl"
-    reads_videos = False
-
-
-class TestQwen3VLOnTheGPU(OnTheGPU):
-    family = "qwen3_vl"
-
-
-class TestQwenAudioOnTheGPU(OnTheGPU):
+class TestQwenAudio(OnItsDevice):
     family = "qwen2_audio_30s"
 
 

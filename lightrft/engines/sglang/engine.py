@@ -51,6 +51,8 @@ class SGLangEngine(CheckedEngine):
     tokens. Log-probs are of the distribution a token was drawn from. Stop strings are found as tokens come. Top-k and
     top-p sort the vocabulary in every step.
 
+    Of models that read media it serves Qwen2-VL and Qwen3-VL, videos included, Qwen2.5-VL and Qwen2-Audio.
+
     Weights are read where SGLang's own loaders put them, so a weight that they pass over is refused. 8-bit weights are
     not offered: SGLang does not quantise anew what is pushed.
 

@@ -25,7 +25,7 @@ SERVED = frozenset(
         "Qwen2AudioForConditionalGeneration",
     )
 )
-# What SGLang calls the one feature that a tower reads; the others say how.
+# Each item has one feature that a tower reads; the others say how.
 _READ_BY_TOWERS = frozenset(("pixel_values", "pixel_values_videos", "input_features"))
 SECONDS = "second_per_grid_ts"
 """The feature that says how long a video's frames last."""
@@ -88,7 +88,7 @@ def prepared(model: Any, reading: Reading, placeholders: Tensor) -> Any:
 
 def _placed(reading: Reading, placeholders: Tensor) -> Iterator[tuple[MediaItem, Tensor]]:
     """Items, each with the positions int64 ``[N]`` of its features; every kind has a placeholder of its own."""
-    for kind in reading.kinds:
+    for kind in sorted(reading.kinds):
         items = [item for item in reading.items if item.kind == kind]
         own = [item.token_ids[torch.isin(item.token_ids, placeholders)] for item in items]
         at = torch.isin(reading.token_ids, torch.cat(own)).nonzero()[:, 0]

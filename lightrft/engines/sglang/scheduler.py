@@ -30,11 +30,14 @@ def run(server_args: Any, *arguments: Any) -> None:
     from sglang.srt.layers.sampler import register_sampler_backend
     from sglang.srt.managers import schedule_batch, scheduler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from transformers import AutoConfig
 
-    register_sampler_backend(server_args.sampling_backend, _sampler_class())
+    config = AutoConfig.from_pretrained(server_args.model_path, local_files_only=True)
+    register_sampler_backend(server_args.sampling_backend, _sampler_class(placeholder_ids(config)))
     SamplingBatchInfo.adjusted_from_schedule_batch = _add_seeds  # meant to be replaced
     schedule_batch.Req._check_str_based_finish = _ends_by_string
-    hear_clips_alone()
+    if config.model_type == "qwen2_audio":
+        hear_clips_alone()
     scheduler.Scheduler = _scheduler_class(scheduler.Scheduler)
     scheduler.run_scheduler_process(server_args, *arguments)
 
@@ -83,20 +86,17 @@ def _requests(info: Any, positions: Tensor) -> request_draw.Requests:
     return request_draw.hot(requests, positions == first, temperature.contiguous().view(torch.float64), top_k)
 
 
-def _sampler_class() -> Any:
+def _sampler_class(never_drawn: Sequence[int]) -> Any:
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.server_args import get_global_server_args
-    from transformers import AutoConfig
 
     class SeededSampler(Sampler):
         """Draws by each request's seed, and reports log-probs of the distribution that it drew from."""
 
         def __init__(self) -> None:
             super().__init__()
-            folder = Path(get_global_server_args().model_path)
-            self._steps = steps_file(folder)
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            self._never_drawn = torch.tensor(placeholder_ids(config), dtype=torch.int64)
+            self._steps = steps_file(Path(get_global_server_args().model_path))
+            self._never_drawn = torch.tensor(never_drawn, dtype=torch.int64)
 
         def forward(
             self,
