@@ -188,6 +188,17 @@ def speed(arguments: argparse.Namespace) -> None:
                 highest=max(rates[way]),
                 seconds=statistics.median(seconds[way]),
             )
+        for way in ways.keys() - {"ours"} if "ours" in ways else ():
+            # Of neighbours in time: other guests of a machine slow both down.
+            shares = [own / other for own, other in zip(seconds["ours"], seconds[way])]
+            report(
+                part="speed",
+                workload=label,
+                what=f"seconds of ours over {way}'s, turn by turn",
+                median=statistics.median(shares),
+                lowest=min(shares),
+                highest=max(shares),
+            )
 
 
 def sleep(arguments: argparse.Namespace) -> None:

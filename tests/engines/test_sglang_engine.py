@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lightrft.engines import EngineError, OwnProcess, SGLangEngine
-from lightrft.ops.fingerprint import fingerprint
+from lightrft.ops.fingerprint import Fingerprint, fingerprint
 from lightrft.samples import FIRE, Sampling
 
 from .contract import EngineContract, assert_log_probs, drawn_from, ids_of, prompt, world
@@ -30,9 +30,9 @@ needs_sglang = pytest.mark.skipif(
 )
 
 
-def apart(dtype: str, graphs: bool = False, **options: Any) -> OwnProcess:
+def apart(dtype: str, graphs: bool = False, quantization: Any = None, **options: Any) -> OwnProcess:
     options = {"disable_cuda_graph": not graphs, **options}
-    return OwnProcess(SGLangEngine(dtype, 0.2, options=options), python=PYTHON, site=SITE)
+    return OwnProcess(SGLangEngine(dtype, quantization, 0.2, options=options), python=PYTHON, site=SITE)
 
 
 def started(dtype: str, tied: bool = False, **options: Any) -> OwnProcess:
@@ -134,6 +134,92 @@ class TestSGLangEngineAsRunsUseIt:
         engine.start(world().config, world().tokenizer, DEVICE)
 
 
+def stored(engine: OwnProcess, factor: float = 1.0) -> dict[str, Fingerprint]:
+    """What an engine must hold of the world's weights times ``factor``."""
+    parts: dict[str, Any] = {}
+    for name, tensor in scaled_weights(factor):
+        parts |= engine.stored(name, tensor.to(DEVICE, torch.bfloat16))
+    return {name: fingerprint(tensor) for name, tensor in parts.items()}
+
+
+def scaled_weights(factor: float) -> list[tuple[str, torch.Tensor]]:
+    return [(name, (tensor * factor).bfloat16()) for name, tensor in world().weights()]
+
+
+def greedy(engine: OwnProcess) -> list[list[list[int]]]:
+    return ids_of(
+        engine.generate([prompt(n) for n in (3, 9, 40)], Sampling(max_new_tokens=16, temperature=0), [[0]] * 3)
+    )
+
+
+@pytest.mark.gpu
+@needs_sglang
+@pytest.mark.timeout(600)
+class TestSGLangEngineInFloat8:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls) -> Iterator[OwnProcess]:
+        engine = started("bfloat16", graphs=True, quantization="fp8")
+        yield engine
+        engine.close()
+
+    def test_it_keeps_linear_layers_in_8_bits_and_holds_what_the_trainer_expects_of_them(self, engine):
+        linear = {f"{name}.weight" for name, one in world().model.named_modules() if isinstance(one, torch.nn.Linear)}
+        assert engine.in_float8 == linear - {"lm_head.weight"}
+        engine.update_weights(scaled_weights(1.0), 1)
+        expected = stored(engine)
+        assert len(expected) > len(dict(world().weights()))
+        assert engine.fingerprint(list(expected)) == expected
+
+    def test_every_push_measures_scales_anew_and_answers_are_those_of_a_fresh_engine(self, engine):
+        for version, factor in enumerate((1.0, 3.0, 0.5)):
+            engine.update_weights(scaled_weights(factor), version)
+            expected = stored(engine, factor)
+            assert engine.fingerprint(list(expected)) == expected
+        answers = greedy(engine)
+        engine.sleep()
+        fresh = apart("bfloat16", graphs=True, quantization="fp8")
+        fresh.start(world().config, world().tokenizer, DEVICE)
+        fresh.update_weights(scaled_weights(0.5), 0)
+        assert greedy(fresh) == answers
+        fresh.close()
+        engine.wake()
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_after_sleep_it_holds_what_it_did(self, engine, level):
+        engine.update_weights(scaled_weights(1.0), 4)
+        answers, expected = greedy(engine), stored(engine)
+        engine.sleep(level)
+        engine.wake(("weights",))
+        if level == 2:
+            engine.update_weights(scaled_weights(1.0), 5)
+        engine.wake(("cache",))
+        assert engine.fingerprint(list(expected)) == expected
+        assert greedy(engine) == answers
+
+    def test_an_update_of_a_millionth_is_seen(self, engine):
+        engine.update_weights(scaled_weights(1.0), 6)
+        moved = [(name, (tensor + 1e-6 * tensor.sign()).float()) for name, tensor in world().weights()]
+        later = {
+            part: fingerprint(kept)
+            for name, tensor in moved
+            for part, kept in engine.stored(name, tensor.to(DEVICE, torch.bfloat16)).items()
+        }
+        held = engine.fingerprint(list(later))
+        assert sum(held[name] != later[name] for name in later) > 0
+
+    def test_its_scores_are_near_those_of_the_trainers_forward(self, engine):
+        engine.update_weights(scaled_weights(1.0), 7)
+        sequences = [prompt(length).token_ids for length in (9, 30, 100)]
+        gaps = []
+        for sequence, score in zip(sequences, engine.score(sequences)):
+            with torch.no_grad():
+                log_probs = world().model(sequence[None]).logits[0, :-1].log_softmax(-1)
+            gaps.append(score - log_probs.gather(1, sequence[1:, None])[:, 0])
+        print("mean gap", float(torch.cat(gaps).abs().mean()))
+        assert torch.cat(gaps).abs().mean() < 0.3
+
+
 @needs_sglang
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two CUDA devices")
@@ -163,6 +249,7 @@ def test_a_response_that_its_cache_has_no_room_for_is_refused() -> None:
     ("arguments", "message"),
     [
         ({"dtype": "int8"}, "dtype"),
+        ({"quantization": "int4"}, "quantization"),
         ({"mem_fraction_static": 1.5}, "mem_fraction_static"),
         ({"options": {"quantization": "fp8"}}, "quantization"),
         ({"options": {"load_format": "auto"}}, "load_format"),
@@ -182,6 +269,11 @@ def test_another_device_is_refused():
 def test_float32_on_a_gpu_is_refused_before_anything_starts():
     with pytest.raises(EngineError, match=r"float32.*dtype"):
         SGLangEngine("float32").start(world().config, world().tokenizer, torch.device("cuda"))
+
+
+def test_8_bits_on_a_cpu_are_refused_before_anything_starts():
+    with pytest.raises(EngineError, match=r"8-bit.*quantization"):
+        SGLangEngine(quantization="fp8").start(world().config, world().tokenizer, torch.device("cpu"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is here")

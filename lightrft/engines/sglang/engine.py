@@ -53,12 +53,14 @@ class SGLangEngine(CheckedEngine):
 
     Of models that read media it serves Qwen2-VL and Qwen3-VL, videos included, Qwen2.5-VL and Qwen2-Audio.
 
-    Weights are read where SGLang's own loaders put them, so a weight that they pass over is refused. 8-bit weights are
-    not offered: SGLang does not quantise anew what is pushed.
+    Weights are read where SGLang's own loaders put them, so a weight that they pass over is refused.
 
     Args:
         dtype: what the weights are kept and computed in; ``None`` takes the config's, which is the trainer's. SGLang's
             kernels for GPUs take no float32.
+        quantization: ``fp8`` keeps the weights of linear layers as 8-bit floats, with a scale for each row that every
+            push measures anew; the head and embeddings stay in ``dtype``. Needs a GPU that multiplies them (compute
+            capability 8.9 and later), and a model that reads text alone.
         mem_fraction_static: share of the device's memory that weights and cache may take while awake.
         attention_backend: SGLang's kernels for attention; ``None`` is ``triton``, which needs no compiler for CUDA, and
             on a CPU, where SGLang serves to try things out, ``torch_native``.
@@ -74,6 +76,7 @@ class SGLangEngine(CheckedEngine):
     def __init__(
         self,
         dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+        quantization: Literal["fp8"] | None = None,
         mem_fraction_static: float = 0.8,
         attention_backend: str | None = None,
         options: dict[str, Any] | None = None,
@@ -81,9 +84,12 @@ class SGLangEngine(CheckedEngine):
         super().__init__()
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16, float16 or null.")
+        if quantization not in (None, "fp8"):
+            raise ValueError(f"quantization is {quantization!r}; it must be fp8 or null.")
         if not 0 < mem_fraction_static < 1:
             raise ValueError(f"mem_fraction_static is {mem_fraction_static}; it must be in (0, 1).")
         self._wanted_dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self._quantization = quantization
         self._mem_fraction_static, self._attention_backend = mem_fraction_static, attention_backend
         self._options = dict(options or {})
         taken = sorted(_OURS & self._options.keys())
@@ -104,6 +110,11 @@ class SGLangEngine(CheckedEngine):
         model = build(config, self._wanted_dtype, torch.device("meta"))
         if self._device.type == "cuda" and model.dtype == torch.float32:
             raise EngineError("SGLang's kernels for GPUs take no float32; set dtype to bfloat16 or float16.")
+        if self._quantization and (self._device.type == "cpu" or self._never_drawn):
+            raise EngineError(
+                "SGLangEngine keeps 8-bit weights on GPUs, of models that read text alone; set quantization to null, "
+                "or choose VLLMEngine."
+            )
         if self._never_drawn and type(model).__name__ not in with_media.SERVED:
             raise EngineError(
                 f"SGLang has no model of this form, so SGLangEngine does not serve {type(model).__name__}; choose "
@@ -126,6 +137,9 @@ class SGLangEngine(CheckedEngine):
         if self._media is not None:
             self._engine.tokenizer_manager.mm_processor = with_media.AsPrepared()
         self._steps = inside.steps_file(Path(self._folder.name))
+        if self._quantization:
+            shapes = {name: (names, tuple(self._manifest.find(name).shape)) for name, names in self._names.items()}
+            self.in_float8 = self._call("find_float8", shapes=shapes)[0]
 
     def _arguments(self, model: Any) -> dict[str, Any]:
         on_cpu = self._device.type == "cpu"
@@ -134,7 +148,7 @@ class SGLangEngine(CheckedEngine):
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "quantization": None,
+            "quantization": self._quantization,
             "device": self._device.type,
             "base_gpu_id": self._device.index or 0,
             "context_length": None if self._context is None else self._context + _SPARE_CONTEXT,
@@ -276,9 +290,14 @@ class SGLangEngine(CheckedEngine):
             torch.cuda.ipc_collect()
 
     def _fingerprint(self, names: Sequence[str]) -> dict[str, Fingerprint]:
-        stored = {name: self._manifest.tied(name)[0] for name in names}
+        stored = {name: self._stored_as(name) for name in names}
         ranks = self._call("held", names=sorted(set(stored.values())))
         return {name: whole_fingerprint([part for rank in ranks for part in rank[one]]) for name, one in stored.items()}
+
+    def _stored_as(self, name: str) -> str:
+        """What its processes call a weight or, with ``_scale`` behind it, the scales of one in 8 bits."""
+        of_scales = name.endswith("_scale") and name.removesuffix("_scale") in self.in_float8
+        return name if of_scales else self._manifest.tied(name)[0]
 
     def _sleep(self, level: int) -> None:
         self._call("sleep", level=level)

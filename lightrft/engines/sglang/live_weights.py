@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightrft.engines.base import EngineError
+from lightrft.engines.float8 import per_row
+from lightrft.engines.sglang.float8_layers import InRows, loadable
 from lightrft.ops.fingerprint import Fingerprint, Fingerprints, joined
 
 
@@ -49,6 +52,8 @@ class Held(NamedTuple):
 class LiveWeights:
     """Loads tensors by ``model.load_weights`` and watches where it copies them to: those are what it computes with.
 
+    A weight of a layer in 8 bits is quantised before, whole, so that its rows have the same scales on all ranks.
+
     Args:
         model: whose ``load_weights`` takes pairs of name and tensor, copies what it knows, and may say nothing of the
             rest.
@@ -58,6 +63,25 @@ class LiveWeights:
         self._model: Any = model
         self._places: dict[str, list[tuple[Tensor, Region]]] = {}
         self._called: dict[str, str] = {}
+        self._in_float8: frozenset[str] = frozenset()
+
+    @torch.no_grad()
+    def find_float8(self, shapes: Mapping[str, tuple[Sequence[str], Sequence[int]]]) -> frozenset[str]:
+        """Which weights the model keeps in 8 bits; to be asked before they are loaded.
+
+        Args:
+            shapes: of whole tensors, each with what it may be called, by its name for :meth:`held`.
+        """
+        found = set()
+        with loadable(self._model) as layers:
+            for own, (names, shape) in shapes.items():
+                asked = torch.zeros((), dtype=torch.float8_e4m3fn, device=next(self._model.parameters()).device)
+                with suppress(EngineError):  # what it cannot take is said when it is pushed
+                    _, copies = self._taken(own, _from_last(names), asked.expand(tuple(shape)), dry=True)
+                    if any(target.untyped_storage()._cdata in layers for target, _ in copies):
+                        found.add(own)
+        self._in_float8 = frozenset(found)
+        return self._in_float8
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[Sequence[str], Tensor]]) -> None:
@@ -69,16 +93,24 @@ class LiveWeights:
         Raises:
             EngineError: one of which nothing was copied into the model, or that it refused; names it.
         """
-        for names, tensor in tensors:
-            own, *others = names
-            tried = [self._called[own]] if own in self._called else [*others, own]
-            self._called[own], self._places[own] = self._taken(own, tried, tensor)
+        with loadable(self._model) as layers:
+            for names, tensor in tensors:
+                own = names[0]
+                tried = [self._called[own]] if own in self._called else _from_last(names)
+                if own not in self._in_float8:
+                    self._called[own], self._places[own] = self._taken(own, tried, tensor)
+                    continue
+                weight, scale = per_row(tensor)
+                self._called[own], self._places[own] = self._taken(own, tried, weight)
+                self._places[f"{own}_scale"] = [_scaled(layers, scale, *place) for place in self._places[own]]
 
-    def _taken(self, own: str, tried: Sequence[str], tensor: Tensor) -> tuple[str, list[tuple[Tensor, Region]]]:
-        """The first of the names under which the model takes it, and where to."""
+    def _taken(
+        self, own: str, tried: Sequence[str], tensor: Tensor, dry: bool = False
+    ) -> tuple[str, list[tuple[Tensor, Region]]]:
+        """The first of the names under which the model takes it, and where to; ``dry`` only looks."""
         model, failure = type(self._model).__name__, None
         for name in tried:
-            copies = _Copies(tensor)
+            copies = _Copies(tensor, dry)
             try:
                 with copies:
                     self._model.load_weights([(name, tensor)])
@@ -121,16 +153,31 @@ def whole_fingerprint(parts: Sequence[Held]) -> Fingerprint:
     return joined(one for _, one in sorted(distinct, key=lambda pair: (pair[0].start, pair[1].checksum)))
 
 
+def _from_last(names: Sequence[str]) -> list[str]:
+    """The first name is tried after all others."""
+    return [*names[1:], names[0]]
+
+
+def _scaled(layers: Mapping[int, InRows], scale: Tensor, target: Tensor, region: Region) -> tuple[Tensor, Region]:
+    """Put the scales of rows that were copied to ``target`` beside them; where to, and which of all they are."""
+    layer = layers[target.untyped_storage()._cdata]
+    width = layer.loads.shape[1]
+    start = (int(target.storage_offset()) - int(layer.loads.storage_offset())) // width
+    place, first = layer.scale[start : start + len(target)], region.start // region.whole[1]
+    place.copy_(scale[first : first + len(target)])
+    return place, Region(tuple(scale.shape), (len(target),), (1,), first)
+
+
 class _Copies(TorchDispatchMode):
-    """Sees every copy out of a tensor's memory.
+    """Sees every copy out of a tensor's memory; ``dry`` ones are not made.
 
     Attributes:
         made: where to, and which part of the tensor.
     """
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, source: Tensor, dry: bool = False) -> None:
         super().__init__()
-        self._source = source
+        self._source, self._dry = source, dry
         self.made: list[tuple[Tensor, Region]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,6 +185,8 @@ class _Copies(TorchDispatchMode):
             target, source = args[0], args[1]
             if source.untyped_storage()._cdata == self._source.untyped_storage()._cdata:
                 self.made.append((target, self._region(source)))
+                if self._dry:
+                    return target
         return function(*args, **(kwargs or {}))
 
     def _region(self, part: Tensor) -> Region:

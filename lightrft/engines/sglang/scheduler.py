@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightrft.engines.process.failures import Failure
 from lightrft.engines.process.messages import loads
 from lightrft.engines.sglang import request_draw
+from lightrft.engines.sglang.float8_layers import stay_loadable
 from lightrft.engines.sglang.live_weights import Held, LiveWeights
 from lightrft.engines.sglang.media import hear_clips_alone
 from lightrft.engines.stopping import Detokenizer, Tail
@@ -38,6 +39,8 @@ def run(server_args: Any, *arguments: Any) -> None:
     schedule_batch.Req._check_str_based_finish = _ends_by_string
     if config.model_type == "qwen2_audio":
         hear_clips_alone()
+    if server_args.quantization is not None:
+        stay_loadable()
     scheduler.Scheduler = _scheduler_class(scheduler.Scheduler)
     scheduler.run_scheduler_process(server_args, *arguments)
 
@@ -175,6 +178,10 @@ def _live(scheduler: Any) -> LiveWeights:
     return scheduler.live_weights
 
 
+def _find_float8(scheduler: Any, shapes: Mapping[str, tuple[Sequence[str], Sequence[int]]]) -> frozenset[str]:
+    return _live(scheduler).find_float8(shapes)
+
+
 def _load(scheduler: Any, tensors: bytes) -> None:
     """Tensors by reference on a CUDA device, on a CPU themselves."""
     device = torch.device(scheduler.tp_worker.model_runner.device)
@@ -222,6 +229,11 @@ def _forget_media() -> None:
         mm_utils.embedding_cache.clear()
 
 
+def _unpushed(parameter: Tensor) -> bool:
+    """Whether it is none of the actor's: a scale of the cache, which SGLang sets as it starts."""
+    return getattr(parameter, "_skip_weight_check", False)
+
+
 def _sleep(scheduler: Any, level: int) -> str | None:
     """Release everything that is not released yet."""
     from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
@@ -231,11 +243,11 @@ def _sleep(scheduler: Any, level: int) -> str | None:
     if not scheduler.is_fully_idle():
         return BUSY
     awake = [tag for tag in GPU_MEMORY_ALL_TYPES if tag not in updater.offload_tags]
-    if level == 2:
-        scheduler.kept_weights = []
-    elif GPU_MEMORY_TYPE_WEIGHTS in awake:
+    if GPU_MEMORY_TYPE_WEIGHTS in awake:
         parameters = scheduler.tp_worker.model_runner.model.parameters()
-        scheduler.kept_weights = [(parameter.data, parameter.data.cpu()) for parameter in parameters]
+        scheduler.kept_weights = [(one, one.data.cpu()) for one in parameters if level == 1 or _unpushed(one)]
+    elif level == 2:
+        scheduler.kept_weights = [(one, values) for one, values in scheduler.kept_weights if _unpushed(one)]
     if awake:
         updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=awake))
     _forget_media()  # which lie in memory that is not released
@@ -252,12 +264,13 @@ def _wake(scheduler: Any, part: str) -> None:
     scheduler.weight_updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
     if part == "weights":
         with torch.no_grad():
-            for place, values in scheduler.kept_weights:
-                place.copy_(values)
+            for parameter, values in scheduler.kept_weights:
+                parameter.copy_(values)
         scheduler.kept_weights = []
 
 
 CALLS: dict[str, Callable[..., Any]] = {
+    "find_float8": _find_float8,
     "load": _load,
     "held": _held,
     "forget": _forget,
