@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 from lightrft.engines import EngineError, OwnProcess, SGLangEngine
 from lightrft.ops.fingerprint import Fingerprint, fingerprint
@@ -41,6 +42,35 @@ def started(dtype: str, tied: bool = False, **options: Any) -> OwnProcess:
     engine.start(world(tied).config, world(tied).tokenizer, DEVICE)
     engine.update_weights(world(tied).weights(), 0)
     return engine
+
+
+def stored(engine: OwnProcess, factor: float = 1.0) -> dict[str, Fingerprint]:
+    """What an engine must hold of the world's weights times ``factor``."""
+    parts: dict[str, Any] = {}
+    for name, tensor in scaled_weights(factor):
+        parts |= engine.stored(name, tensor.to(DEVICE, torch.bfloat16))
+    return {name: fingerprint(tensor) for name, tensor in parts.items()}
+
+
+def scaled_weights(factor: float) -> list[tuple[str, torch.Tensor]]:
+    return [(name, (tensor * factor).bfloat16()) for name, tensor in world().weights()]
+
+
+def greedy(engine: OwnProcess) -> list[list[list[int]]]:
+    return ids_of(
+        engine.generate([prompt(n) for n in (3, 9, 40)], Sampling(max_new_tokens=16, temperature=0), [[0]] * 3)
+    )
+
+
+def gap_of_scores(engine: OwnProcess) -> float:
+    """Mean distance, in nats, from the log-probs of the trainer's forward."""
+    gaps = []
+    sequences = [prompt(length).token_ids for length in (9, 30, 100)]
+    for sequence, score in zip(sequences, engine.score(sequences)):
+        with torch.no_grad():
+            log_probs = world().model(sequence[None]).logits[0, :-1].log_softmax(-1)
+        gaps.append(score - log_probs.gather(1, sequence[1:, None])[:, 0])
+    return float(torch.cat(gaps).abs().mean())
 
 
 @needs_sglang
@@ -94,13 +124,7 @@ class TestSGLangEngineAsRunsUseIt:
             assert differences.abs().mean() < 0.02
 
     def test_scores_are_near_those_of_the_trainers_forward(self, engine):
-        sequences = [prompt(length).token_ids for length in (9, 30, 100)]
-        differences = []
-        for sequence, score in zip(sequences, engine.score(sequences)):
-            with torch.no_grad():
-                log_probs = world().model(sequence[None]).logits[0, :-1].log_softmax(-1)
-            differences.append(score - log_probs.gather(1, sequence[1:, None])[:, 0])
-        assert torch.cat(differences).abs().mean() < 0.05
+        assert gap_of_scores(engine) < 0.05
 
     def test_seeds_decide_whatever_the_batch(self, engine):
         sampling = Sampling(max_new_tokens=8, fire=FIRE())
@@ -132,24 +156,6 @@ class TestSGLangEngineAsRunsUseIt:
         with pytest.raises(EngineError):
             engine.generate([prompt(5)], Sampling(max_new_tokens=64), [range(8)])
         engine.start(world().config, world().tokenizer, DEVICE)
-
-
-def stored(engine: OwnProcess, factor: float = 1.0) -> dict[str, Fingerprint]:
-    """What an engine must hold of the world's weights times ``factor``."""
-    parts: dict[str, Any] = {}
-    for name, tensor in scaled_weights(factor):
-        parts |= engine.stored(name, tensor.to(DEVICE, torch.bfloat16))
-    return {name: fingerprint(tensor) for name, tensor in parts.items()}
-
-
-def scaled_weights(factor: float) -> list[tuple[str, torch.Tensor]]:
-    return [(name, (tensor * factor).bfloat16()) for name, tensor in world().weights()]
-
-
-def greedy(engine: OwnProcess) -> list[list[list[int]]]:
-    return ids_of(
-        engine.generate([prompt(n) for n in (3, 9, 40)], Sampling(max_new_tokens=16, temperature=0), [[0]] * 3)
-    )
 
 
 @pytest.mark.gpu
@@ -210,14 +216,7 @@ class TestSGLangEngineInFloat8:
 
     def test_its_scores_are_near_those_of_the_trainers_forward(self, engine):
         engine.update_weights(scaled_weights(1.0), 7)
-        sequences = [prompt(length).token_ids for length in (9, 30, 100)]
-        gaps = []
-        for sequence, score in zip(sequences, engine.score(sequences)):
-            with torch.no_grad():
-                log_probs = world().model(sequence[None]).logits[0, :-1].log_softmax(-1)
-            gaps.append(score - log_probs.gather(1, sequence[1:, None])[:, 0])
-        print("mean gap", float(torch.cat(gaps).abs().mean()))
-        assert torch.cat(gaps).abs().mean() < 0.3
+        assert gap_of_scores(engine) < 0.15
 
 
 @needs_sglang
@@ -271,9 +270,19 @@ def test_float32_on_a_gpu_is_refused_before_anything_starts():
         SGLangEngine("float32").start(world().config, world().tokenizer, torch.device("cuda"))
 
 
-def test_8_bits_on_a_cpu_are_refused_before_anything_starts():
+@pytest.mark.parametrize("capability", [None, (8, 0)], ids=str)
+def test_8_bits_where_nothing_multiplies_them_are_refused_before_anything_starts(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda" if capability else "cpu")
     with pytest.raises(EngineError, match=r"8-bit.*quantization"):
-        SGLangEngine(quantization="fp8").start(world().config, world().tokenizer, torch.device("cpu"))
+        SGLangEngine("bfloat16", "fp8").start(world().config, world().tokenizer, device)
+
+
+def test_experts_in_8_bits_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    config = Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_experts=2, moe_intermediate_size=16, vocab_size=64)
+    with pytest.raises(EngineError, match=r"without experts"):
+        SGLangEngine("bfloat16", "fp8").start(config, world().tokenizer, torch.device("cuda"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sglang") is not None, reason="SGLang is here")

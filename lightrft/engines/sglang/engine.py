@@ -60,7 +60,7 @@ class SGLangEngine(CheckedEngine):
             kernels for GPUs take no float32.
         quantization: ``fp8`` keeps the weights of linear layers as 8-bit floats, with a scale for each row that every
             push measures anew; the head and embeddings stay in ``dtype``. Needs a GPU that multiplies them (compute
-            capability 8.9 and later), and a model that reads text alone.
+            capability 8.9 and later), and a model without experts that reads text alone.
         mem_fraction_static: share of the device's memory that weights and cache may take while awake.
         attention_backend: SGLang's kernels for attention; ``None`` is ``triton``, which needs no compiler for CUDA, and
             on a CPU, where SGLang serves to try things out, ``torch_native``.
@@ -110,11 +110,8 @@ class SGLangEngine(CheckedEngine):
         model = build(config, self._wanted_dtype, torch.device("meta"))
         if self._device.type == "cuda" and model.dtype == torch.float32:
             raise EngineError("SGLang's kernels for GPUs take no float32; set dtype to bfloat16 or float16.")
-        if self._quantization and (self._device.type == "cpu" or self._never_drawn):
-            raise EngineError(
-                "SGLangEngine keeps 8-bit weights on GPUs, of models that read text alone; set quantization to null, "
-                "or choose VLLMEngine."
-            )
+        if self._quantization:
+            self._check_8_bits(model)
         if self._never_drawn and type(model).__name__ not in with_media.SERVED:
             raise EngineError(
                 f"SGLang has no model of this form, so SGLangEngine does not serve {type(model).__name__}; choose "
@@ -140,6 +137,15 @@ class SGLangEngine(CheckedEngine):
         if self._quantization:
             shapes = {name: (names, tuple(self._manifest.find(name).shape)) for name, names in self._names.items()}
             self.in_float8 = self._call("find_float8", shapes=shapes)[0]
+
+    def _check_8_bits(self, model: Any) -> None:
+        if self._device.type != "cuda" or torch.cuda.get_device_capability(self._device) < (8, 9):
+            raise EngineError("SGLang multiplies 8-bit weights on GPUs from 8.9 on; set quantization to null.")
+        if self._never_drawn or any(weight.ndim > 2 for weight in model.parameters()):
+            raise EngineError(
+                "SGLangEngine keeps 8-bit weights of models without experts that read text alone; set quantization to "
+                "null, or choose VLLMEngine."
+            )
 
     def _arguments(self, model: Any) -> dict[str, Any]:
         on_cpu = self._device.type == "cpu"
