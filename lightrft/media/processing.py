@@ -13,6 +13,7 @@ from lightrft.media.references import MediaError, audio, described, image
 from lightrft.media.smallest import beep, blinking, square
 from lightrft.media.video import metadata, video
 from lightrft.samples import PART_OF, Media, MediaItem, Prompt, Reading
+from lightrft.whereabouts import mark
 
 Made = TypeVar("Made")
 
@@ -220,6 +221,7 @@ class MediaProcessor:
     def _each(self, prompt: Prompt, make: Callable[[str, Any], Made]) -> Iterator[tuple[str, Made]]:
         for kind, part in PART_OF.items():
             for index, reference in enumerate(getattr(prompt.media, kind)):
+                mark()  # a batch of videos takes long, and whoever waits for it must see that it goes on
                 try:
                     made = make(kind, reference)
                 except Exception as error:  # processors raise what they like

@@ -77,13 +77,15 @@ class MediaContract:
     def test_log_probs_are_those_of_the_forward_over_the_same_media(self, engine, world, options):
         sampling = Sampling(max_new_tokens=6, **options)
         prompts = [
-            world.prompt("two", [0, 1]),
             world.prompt("text", []),
+            world.prompt("two", [0, 1]),
+            world.prompt("more text", [], length=9),
             world.prompt("one", [2], length=15),
             world.prompt("same twice", [3, 3]),
         ]
-        groups = engine.generate(prompts, sampling, [[1, 2, 3], [4, 5], [6], [7, 8]])
-        assert [[response.seed for response in group] for group in groups] == [[1, 2, 3], [4, 5], [6], [7, 8]]
+        seeds = [[9], [1, 2, 3], [4, 5], [6], [7, 8]]
+        groups = engine.generate(prompts, sampling, seeds)
+        assert [[response.seed for response in group] for group in groups] == seeds
         for asked, group in zip(prompts, groups):
             for response in group:
                 logits = reference_logits(world, world.model, asked, response.token_ids)

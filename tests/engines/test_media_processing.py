@@ -63,6 +63,14 @@ def test_what_the_processor_refuses_is_refused_by_prompt_and_index():
         MediaProcessor(world.processor).read(asked)
 
 
+@pytest.mark.parametrize("work", ["read", "decoded"])
+def test_every_item_is_a_mark_of_progress_for_those_who_wait(work, monkeypatch):
+    world, marks = media_world("llava"), []
+    monkeypatch.setattr("lightrft.media.processing.mark", lambda: marks.append(work))
+    getattr(MediaProcessor(world.processor), work)(world.prompt("three", [0, 1, 1]))
+    assert len(marks) == 3
+
+
 def test_features_of_unlike_shapes_are_not_joined():
     items = [MediaItem("images", torch.zeros(1), {}, {"pixel_values": torch.zeros(1, size)}) for size in (2, 3)]
     with pytest.raises(ValueError, match=r"pixel_values.*\(2,\), \(3,\)"):

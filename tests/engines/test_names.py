@@ -43,6 +43,10 @@ def test_beside_a_version_with_names_as_in_checkpoints_each_is_found_and_back(tm
     assert [names.there(names.here(name)) for name in there] == list(there)
     assert names.here(f"{before}_scale") == "model.audio_tower.conv1.weight_scale"
     assert names.there("model.audio_tower.conv1.weight_scale") == f"{before}_scale"
+    lm_head = [f"language_model.lm_head.lora_{matrix}.weight" for matrix in "AB"]
+    assert [names.here(name) for name in lm_head] == ["lm_head.lora_A.weight", "lm_head.lora_B.weight"]
+    assert [names.there(names.here(name)) for name in lm_head] == lm_head
+    assert names.here("unknown.lora_A.weight") == "unknown.lora_A.weight"
     assert names.here("unknown") == names.there("unknown") == "unknown"
 
 
@@ -54,4 +58,9 @@ def test_a_push_and_a_probe_go_by_the_trainers_names(tmp_path, monkeypatch):
     weights = {f"old.{name}": tensor for name, tensor in world().weights()}
     engine.update_weights(weights.items(), 0)
     assert engine.fingerprint(list(weights)) == {name: fingerprint(tensor) for name, tensor in weights.items()}
+    layer = "old.model.layers.0.self_attn.q_proj"
+    outputs, inputs = weights[f"{layer}.weight"].shape
+    adapter = {f"{layer}.lora_A.weight": torch.randn(2, inputs), f"{layer}.lora_B.weight": torch.randn(outputs, 2)}
+    engine.update_adapter(1.0, adapter.items(), 1)
+    assert engine.fingerprint(list(adapter)) == {name: fingerprint(tensor) for name, tensor in adapter.items()}
     engine.close()

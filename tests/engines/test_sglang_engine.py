@@ -6,11 +6,13 @@ its transformers, LIGHTRFT_SGLANG_PYTHON the interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from transformers import Qwen3MoeConfig
 
 from lightrft.engines import EngineError, OwnProcess, SGLangEngine
 from lightrft.ops.fingerprint import Fingerprint, fingerprint
-from lightrft.samples import FIRE, Sampling
+from lightrft.samples import FIRE, Prompt, Sampling
 
 from .contract import EngineContract, assert_log_probs, drawn_from, ids_of, prompt, world
 
@@ -278,10 +280,29 @@ def test_8_bits_where_nothing_multiplies_them_are_refused_before_anything_starts
         SGLangEngine("bfloat16", "fp8").start(world().config, world().tokenizer, device)
 
 
+def test_responses_are_asked_for_in_batches_that_hold_so_much_of_media_at_once(monkeypatch):
+    features = {"a": 30, "b": 0, "c": 25, "d": 60, "e": 10}
+    engine, prompts = SGLangEngine(), [dataclasses.replace(prompt(3), uid=uid) for uid in features]
+
+    def read(asked: Prompt, _: Sampling) -> tuple[list[int], Any]:
+        feature = torch.zeros(features[asked.uid], dtype=torch.uint8)
+        return [ord(asked.uid)], SimpleNamespace(mm_items=[SimpleNamespace(feature=feature)]) if len(feature) else None
+
+    monkeypatch.setattr(engine, "_read", read)
+    monkeypatch.setattr("lightrft.engines.sglang.engine._MEDIA_BYTES", 110)
+    batches = list(engine._batches(prompts, Sampling(), [[1, 2], [3], [4, 5], [6, 7], []]))
+    asked = [["".join(chr(ids[0]) for ids in ids_of_all), seeds] for ids_of_all, seeds, _ in batches]
+    assert asked == [["aabcc", [1, 2, 3, 4, 5]], ["dd", [6, 7]]]  # d alone is too much, and is asked for
+    assert [[one is not None for one in media] for *_, media in batches] == [
+        [True, True, False, True, True],
+        [True] * 2,
+    ]
+
+
 def test_experts_in_8_bits_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     config = Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_experts=2, moe_intermediate_size=16, vocab_size=64)
-    with pytest.raises(EngineError, match=r"without experts"):
+    with pytest.raises(EngineError, match=r"experts.*VLLMEngine"):
         SGLangEngine("bfloat16", "fp8").start(config, world().tokenizer, torch.device("cuda"))
 
 

@@ -36,7 +36,8 @@ class Names:
         return cls({name: ours.get(stored, name) for name, stored in there["names"].items()})
 
     def here(self, name: str) -> str:
-        """The engine's name of what the trainer names; ``<name>_scale`` are a weight's scales."""
+        """The engine's name of what the trainer names; ``<name>_scale`` are a weight's scales,
+        ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` the matrices of an adapter."""
         return _renamed(self._ours, name)
 
     def there(self, name: str) -> str:
@@ -56,7 +57,9 @@ def _in_checkpoints(config: Any) -> dict[str, str]:
 
 
 def _renamed(names: Mapping[str, str], name: str) -> str:
-    weight = name.removesuffix("_scale")
+    """Of a weight, of its scales, or of one of its layer's two adapter matrices."""
+    layer, lora, matrix = name.rpartition(".lora_")
+    weight = f"{layer}.weight" if lora else name.removesuffix("_scale")
     if name in names or weight not in names:
         return names.get(name, name)
-    return names[weight] + "_scale"
+    return names[weight].removesuffix(".weight") + lora + matrix if lora else names[weight] + "_scale"

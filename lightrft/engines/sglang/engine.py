@@ -30,6 +30,7 @@ from lightrft.samples import Prompt, Response, Sampling
 from lightrft.whereabouts import mark
 
 _BUCKET_BYTES = 512 << 20
+_MEDIA_BYTES = 4 << 30
 # SGLang keeps a few positions of its context to itself; what the model's has room for must fit.
 _SPARE_CONTEXT = 16
 # Arguments of SGLang's that options may not set.
@@ -60,12 +61,12 @@ class SGLangEngine(CheckedEngine):
             kernels for GPUs take no float32.
         quantization: ``fp8`` keeps the weights of linear layers as 8-bit floats, with a scale for each row that every
             push measures anew; the head and embeddings stay in ``dtype``. Needs a GPU that multiplies them (compute
-            capability 8.9 and later), and a model without experts that reads text alone.
+            capability 8.9 and later), and a model of linear layers, without experts, that reads text alone.
         mem_fraction_static: share of the device's memory that weights and cache may take while awake.
         attention_backend: SGLang's kernels for attention; ``None`` is ``triton``, which needs no compiler for CUDA, and
             on a CPU, where SGLang serves to try things out, ``torch_native``.
         options: further arguments of SGLang's ``Engine``, by name. ``tp_size`` splits the model over as many devices of
-            this process, the trainer's the first of them.
+            this process, the trainer's the first of them; in runs of one rank.
 
     Raises:
         ValueError: a value outside its range, or an option that the engine sets itself.
@@ -126,26 +127,30 @@ class SGLangEngine(CheckedEngine):
         try:
             with _environment(self._device):
                 self._engine = _engine_class()(**self._arguments(model))
+            if self._media is not None:
+                self._engine.tokenizer_manager.mm_processor = with_media.AsPrepared()
+            self._steps = inside.steps_file(Path(self._folder.name))
+            if self._quantization:
+                shapes = {name: (names, tuple(self._manifest.find(name).shape)) for name, names in self._names.items()}
+                self.in_float8 = self._call("find_float8", shapes=shapes)[0]
         except Exception as error:
-            self._folder.cleanup()
+            self._close()
             if isinstance(error, EngineError):
                 raise
             raise EngineError(f"SGLang cannot serve {type(model).__name__}: {error}") from error
-        if self._media is not None:
-            self._engine.tokenizer_manager.mm_processor = with_media.AsPrepared()
-        self._steps = inside.steps_file(Path(self._folder.name))
-        if self._quantization:
-            shapes = {name: (names, tuple(self._manifest.find(name).shape)) for name, names in self._names.items()}
-            self.in_float8 = self._call("find_float8", shapes=shapes)[0]
 
     def _check_8_bits(self, model: Any) -> None:
         if self._device.type != "cuda" or torch.cuda.get_device_capability(self._device) < (8, 9):
             raise EngineError("SGLang multiplies 8-bit weights on GPUs from 8.9 on; set quantization to null.")
-        if self._never_drawn or any(weight.ndim > 2 for weight in model.parameters()):
-            raise EngineError(
-                "SGLangEngine keeps 8-bit weights of models without experts that read text alone; set quantization to "
-                "null, or choose VLLMEngine."
-            )
+        cure = "set quantization to null, or choose VLLMEngine"
+        if self._never_drawn:
+            raise EngineError(f"SGLangEngine keeps 8-bit weights of models that read text alone; {cure}.")
+        for name, weight in model.named_parameters():
+            if weight.ndim > 2:
+                raise EngineError(
+                    f"SGLangEngine keeps 8-bit weights of linear layers alone, and {name!r} is of experts or of a "
+                    f"convolution; {cure}."
+                )
 
     def _arguments(self, model: Any) -> dict[str, Any]:
         on_cpu = self._device.type == "cpu"
@@ -176,21 +181,39 @@ class SGLangEngine(CheckedEngine):
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Response]]:
         stops, stop_ids = self._split_stops(sampling)
-        asked: list[list[int]] = []
-        media: list[Any] = []
-        params = []
-        for prompt, own in zip(prompts, seeds):
-            token_ids, its_media = self._read(prompt, sampling)
-            asked += [token_ids] * len(own)
-            media += [its_media] * len(own)
-            params += [_sampling_params(sampling, seed, stops, stop_ids) for seed in own]
-        outputs = self._run(asked, params, **({"image_data": media} if any(media) else {}))
+        outputs: list[dict[str, Any]] = []
+        for asked, own_seeds, media in self._batches(prompts, sampling, seeds):
+            params = [_sampling_params(sampling, seed, stops, stop_ids) for seed in own_seeds]
+            outputs += self._run(asked, params, **({"image_data": media} if any(media) else {}))
         texts = self._detokenizer.decode_all([output["output_ids"] for output in outputs])
         drawn = iter(zip(outputs, texts))
         return [
             [self._response(prompt, *next(drawn), sampling, seed, stops, stop_ids) for seed in own]
             for prompt, own in zip(prompts, seeds)
         ]
+
+    def _batches(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[list[list[int]], list[int], list[Any]]]:
+        """Token ids, seed and media of each response: of all at once, or of so many as SGLang can hold the media of.
+
+        It keeps a copy for every response until that has ended.
+        """
+        asked: list[list[int]] = []
+        flat: list[int] = []
+        media: list[Any] = []
+        held = 0
+        for prompt, own in zip(prompts, seeds):
+            token_ids, its_media = self._read(prompt, sampling)
+            wanted = len(own) * with_media.feature_bytes(its_media)
+            if asked and wanted and held + wanted > _MEDIA_BYTES:
+                yield asked, flat, media
+                asked, flat, media, held = [], [], [], 0
+            asked += [token_ids] * len(own)
+            flat += own
+            media += [its_media] * len(own)
+            held += wanted
+        yield asked, flat, media
 
     def _read(self, prompt: Prompt, sampling: Sampling) -> tuple[list[int], Any]:
         """A prompt's tokens, its placeholders expanded, and its media as SGLang takes them, if it has some."""
@@ -285,6 +308,10 @@ class SGLangEngine(CheckedEngine):
                 self._load(bucket)
                 bucket = []
         self._load(bucket)
+        if self._device.type == "cuda":  # what the tensors lay in is the trainer's
+            bucket.clear()
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
         self._call("forget")
 
     def _load(self, bucket: list[tuple[Sequence[str], Tensor]]) -> None:
@@ -313,7 +340,8 @@ class SGLangEngine(CheckedEngine):
 
     def _close(self) -> None:
         engine, self._engine = self._engine, None
-        engine.shutdown()
+        if engine is not None:
+            engine.shutdown()
         self._folder.cleanup()
 
     def _call(self, method: str, **arguments: Any) -> list[Any]:

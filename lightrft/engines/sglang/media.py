@@ -86,6 +86,11 @@ def prepared(model: Any, reading: Reading, placeholders: Tensor) -> Any:
     )
 
 
+def feature_bytes(prepared: Any) -> int:
+    """What towers read of a prompt's media; 0 without (``None``)."""
+    return sum(int(item.feature.nbytes) for item in prepared.mm_items) if prepared else 0
+
+
 def _placed(reading: Reading, placeholders: Tensor) -> Iterator[tuple[MediaItem, Tensor]]:
     """Items, each with the positions int64 ``[N]`` of its features; every kind has a placeholder of its own."""
     for kind in sorted(reading.kinds):

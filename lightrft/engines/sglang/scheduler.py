@@ -91,14 +91,12 @@ def _requests(info: Any, positions: Tensor) -> request_draw.Requests:
 
 def _sampler_class(never_drawn: Sequence[int]) -> Any:
     from sglang.srt.layers.sampler import Sampler
-    from sglang.srt.server_args import get_global_server_args
 
     class SeededSampler(Sampler):
         """Draws by each request's seed, and reports log-probs of the distribution that it drew from."""
 
         def __init__(self) -> None:
             super().__init__()
-            self._steps = steps_file(Path(get_global_server_args().model_path))
             self._never_drawn = torch.tensor(never_drawn, dtype=torch.int64)
 
         def forward(
@@ -120,8 +118,6 @@ def _sampler_class(never_drawn: Sequence[int]) -> Any:
                 dist.broadcast(tokens, group_src=0, group=self.tp_sync_group)
             if return_logprob:
                 logits_output.next_token_logprobs = log_probs
-            if dist.get_rank(self.tp_sync_group) == 0:
-                self._steps[0] += 1
             return tokens
 
     return SeededSampler
@@ -158,7 +154,17 @@ def _scheduler_class(base: Any) -> Any:
     from sglang.srt.managers.io_struct import RpcReqOutput
 
     class LightRFTScheduler(base):
-        """Also answers the calls of :data:`CALLS`, with what they return or raise on each rank."""
+        """Counts its steps, and answers the calls of :data:`CALLS` with what they return or raise on each rank."""
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self._steps = steps_file(Path(self.server_args.model_path))
+
+        def run_batch(self, *arguments: Any, **named: Any) -> Any:
+            result = super().run_batch(*arguments, **named)
+            if self.ps.tp_rank == 0:
+                self._steps[0] += 1
+            return result
 
         def handle_rpc_request(self, recv_req: Any) -> Any:
             result, failure = None, None
