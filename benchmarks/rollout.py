@@ -188,7 +188,7 @@ def speed(arguments: argparse.Namespace) -> None:
                 highest=max(rates[way]),
                 seconds=statistics.median(seconds[way]),
             )
-        for way in ways.keys() - {"ours"} if "ours" in ways else ():
+        for way in [way for way in ways if way != "ours" and "ours" in ways]:
             # Of neighbours in time: other guests of a machine slow both down.
             shares = [own / other for own, other in zip(seconds["ours"], seconds[way])]
             report(

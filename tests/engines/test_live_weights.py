@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -61,9 +61,9 @@ def loaded() -> list[LiveWeights]:
     return ranks
 
 
-def prints(ranks: list[LiveWeights]) -> dict[str, object]:
-    held = [rank.held(list(WEIGHTS)) for rank in ranks]
-    return {name: whole_fingerprint([part for one in held for part in one[name]]) for name in WEIGHTS}
+def prints(ranks: list[LiveWeights], names: Sequence[str] = tuple(WEIGHTS)) -> dict[str, object]:
+    held = [rank.held(names) for rank in ranks]
+    return {name: whole_fingerprint([part for one in held for part in one[name]]) for name in names}
 
 
 def test_fingerprints_are_of_the_whole_tensors_in_the_models_dtype():
@@ -148,10 +148,10 @@ class Quantised(nn.Module):
 IN_EIGHT_BITS = {"q.weight", "k.weight", "out.weight"}
 
 
-def loaded_in_float8(factor: float = 1.0) -> list[LiveWeights]:
+def loaded_in_float8() -> list[LiveWeights]:
     ranks = [LiveWeights(InEightBits(rank)) for rank in range(2)]
     for rank in ranks:
-        weights = {name: WEIGHTS[name] * factor for name in IN_EIGHT_BITS} | {"head.weight": torch.randn(8, 6)}
+        weights = {name: WEIGHTS[name] for name in IN_EIGHT_BITS} | {"head.weight": torch.randn(8, 6)}
         before = {name: one.clone() for name, one in rank._model.state_dict().items()}
         found = rank.find_float8({name: ((name,), tuple(one.shape)) for name, one in weights.items()})
         assert found == IN_EIGHT_BITS
@@ -165,9 +165,8 @@ def test_in_8_bits_ranks_hold_parts_of_what_the_whole_is_quantised_to_and_comput
     ranks = loaded_in_float8()
     for name in IN_EIGHT_BITS:
         weight, scale = per_row(WEIGHTS[name])
-        for called, expected in ((name, weight), (f"{name}_scale", scale)):
-            held = [rank.held([called])[called] for rank in ranks]
-            assert whole_fingerprint([part for one in held for part in one]) == fingerprint(expected)
+        expected = {name: fingerprint(weight), f"{name}_scale": fingerprint(scale)}
+        assert prints(ranks, list(expected)) == expected
     for rank, live in enumerate(ranks):
         model = live._model
         wanted = torch.cat([WEIGHTS["q.weight"][4 * rank : 4 * rank + 4], WEIGHTS["k.weight"]])
@@ -182,14 +181,9 @@ def test_in_8_bits_ranks_hold_parts_of_what_the_whole_is_quantised_to_and_comput
 def test_in_8_bits_a_change_of_bits_or_of_scales_is_seen(layer, kind):
     ranks = loaded_in_float8()
     names = [f"{name}{end}" for name in IN_EIGHT_BITS for end in ("", "_scale")]
-
-    def taken() -> dict[str, object]:
-        held = [rank.held(names) for rank in ranks]
-        return {name: whole_fingerprint([part for one in held for part in one[name]]) for name in names}
-
-    before, changed = taken(), getattr(getattr(ranks[1]._model, layer), kind)
+    before, changed = prints(ranks, names), getattr(getattr(ranks[1]._model, layer), kind)
     changed.data.view(torch.int8 if kind == "weight" else torch.int32)[0, 0] ^= 1
-    after = taken()
+    after = prints(ranks, names)
     (name,) = {one for one in names if before[one] != after[one]}
     assert name == {"qk": "q.weight", "out": "out.weight"}[layer] + ("_scale" if kind == "weight_scale" else "")
 

@@ -36,8 +36,10 @@ class Names:
         return cls({name: ours.get(stored, name) for name, stored in there["names"].items()})
 
     def here(self, name: str) -> str:
-        """The engine's name of what the trainer names; ``<name>_scale`` are a weight's scales,
-        ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` the matrices of an adapter."""
+        """The engine's name of what the trainer names.
+
+        ``<name>_scale`` are a weight's scales, ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` an adapter's.
+        """
         return _renamed(self._ours, name)
 
     def there(self, name: str) -> str:

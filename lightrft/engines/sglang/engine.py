@@ -306,19 +306,18 @@ class SGLangEngine(CheckedEngine):
             bucket.append((names, tensor.detach().to(self._device, weight.dtype)))
             if sum(one.nbytes for _, one in bucket) >= _BUCKET_BYTES:
                 self._load(bucket)
-                bucket = []
         self._load(bucket)
-        if self._device.type == "cuda":  # what the tensors lay in is the trainer's
-            bucket.clear()
-            torch.cuda.ipc_collect()
-            torch.cuda.empty_cache()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what the tensors lay in is the trainer's
         self._call("forget")
 
     def _load(self, bucket: list[tuple[Sequence[str], Tensor]]) -> None:
+        """Hand tensors over, and empty the bucket."""
         on_cuda = self._device.type == "cuda"
         if on_cuda:
             torch.cuda.synchronize(self._device)
         self._call("load", tensors=inside.by_reference(bucket) if on_cuda else dumps(bucket))
+        bucket.clear()
         if on_cuda:
             torch.cuda.ipc_collect()
 

@@ -73,9 +73,9 @@ class LiveWeights:
             shapes: of whole tensors, each with what it may be called, by its name for :meth:`held`.
         """
         found = set()
+        asked = torch.zeros((), dtype=torch.float8_e4m3fn, device=next(self._model.parameters()).device)
         with loadable(self._model) as layers:
             for own, (names, shape) in shapes.items():
-                asked = torch.zeros((), dtype=torch.float8_e4m3fn, device=next(self._model.parameters()).device)
                 with suppress(EngineError):  # what it cannot take is said when it is pushed
                     _, copies = self._taken(own, _from_last(names), asked.expand(tuple(shape)), dry=True)
                     if any(target.untyped_storage()._cdata in layers for target, _ in copies):

@@ -64,7 +64,7 @@ def sampling_params(
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     common = SamplingParams(**drawing(sampling, stop_ids, never_drawn), output_kind=kind, skip_clone=True)
     common.temperature = sampling.temperature  # the constructor would refuse what is above 2, as FIRE's is
-    common.stop_token_ids = stop_ids  # which vLLM looks every token up in: a list of hundreds takes longer than the GPU
+    common.stop_token_ids = stop_ids  # a set: vLLM looks up every token, in a list one id after the other
     params = [copy.copy(common) for _ in seeds]
     for one, seed in zip(params, seeds):
         one.seed = seed
