@@ -1,6 +1,6 @@
-"""Rollout on one GPU: speed beside raw vLLM, what sleep frees, and what 8-bit weights change. One JSON line a figure.
+"""Rollout on one GPU: what sleep frees, and what 8-bit weights change. One JSON line a figure.
 
-    python benchmarks/rollout.py speed sleep fp8 [--shape 0.5b] [--cycles 50]
+    python benchmarks/rollout.py sleep bf16 fp8 [--shape 0.5b] [--cycles 50]
 
 Random weights in a Qwen2.5 shape; nothing is downloaded. Each part runs in a process of its own, as a process holds one
 vLLM. ``--device cpu --shape tiny`` is a rehearsal.
@@ -9,16 +9,13 @@ vLLM. ``--device cpu --shape tiny`` is a rehearsal.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +33,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
 }
-PARTS = ("speed", "sleep", "bf16", "fp8", "fp8_kv")
-SHARE = 0.25  # of the device's memory, where speed does not count
+PARTS = ("sleep", "bf16", "fp8", "fp8_kv")
+SHARE = 0.25  # of the device's memory, where nothing is timed
 
 
 def make_model(shape: str, device: str) -> Any:
@@ -108,97 +105,6 @@ def used_gib() -> float:
 def report(**figures: Any) -> None:
     rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in figures.items()}
     print(json.dumps(rounded), flush=True)
-
-
-def speed(arguments: argparse.Namespace) -> None:
-    """Tokens a second of our ``generate`` and of vLLM's own, on the same prompts, in turns."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    bench = Bench(arguments)
-    report(part="speed", what="start", seconds=bench.started, push_seconds=bench.pushes[0])
-    long, tokens = (64, 32) if bench.small else (1024, 512)
-    workloads = {
-        "fixed": Sampling(max_new_tokens=tokens),
-        "tail": Sampling(max_new_tokens=long, stop_token_ids=bench.stop_ids),
-    }
-
-    seeds = bench.seeds(0)  # in every turn, so that lengths which are drawn are the same too
-    lengths: list[list[int]] = []
-
-    def ours(sampling: Sampling) -> int:
-        groups = bench.engine.generate(bench.prompts, sampling, seeds)
-        lengths[:] = [[len(response.token_ids) for response in group] for group in groups]
-        return sum(map(sum, lengths))
-
-    def raw(sampling: Sampling, seeded: bool) -> int:
-        """The same work: as many tokens of each response as ours drew last."""
-        common: dict[str, Any] = {
-            "ignore_eos": True,
-            "logprobs": 0,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-            "detokenize": False,
-            "flat_logprobs": True,
-        }
-        prompts, params = [], []
-        for prompt, own, tokens in zip(bench.prompts, seeds, lengths):
-            asked = {"prompt_token_ids": prompt.token_ids.tolist()}
-            if seeded:
-                prompts += [asked] * len(own)
-                params += [SamplingParams(**common, seed=seed, max_tokens=count) for seed, count in zip(own, tokens)]
-            elif sampling.stop_token_ids:
-                prompts += [asked] * len(own)
-                params += [SamplingParams(**common, max_tokens=count) for count in tokens]
-            else:
-                prompts.append(asked)
-                params.append(SamplingParams(**common, n=len(own), max_tokens=sampling.max_new_tokens))
-        outputs = bench.engine._llm.generate(prompts, params, use_tqdm=False)
-        return sum(len(one.token_ids) for output in outputs for one in output.outputs)
-
-    ways: dict[str, Callable[[Sampling], int]] = {
-        "ours": ours,
-        "raw": lambda sampling: raw(sampling, seeded=False),
-        "seeded": lambda sampling: raw(sampling, seeded=True),
-    }
-    ways = {way: ways[way] for way in arguments.ways}
-    for label in arguments.workloads:
-        sampling = workloads[label]
-        if "ours" not in ways:
-            ours(sampling)
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(arguments.turns + 1):
-            for way in list(ways)[:: -1 if turn % 2 else 1]:  # none is always the one after the other
-                bench.engine._forget()
-                gc.collect()
-                start = time.perf_counter()
-                count = ways[way](sampling)
-                took = time.perf_counter() - start
-                if turn:  # the first warms up
-                    rates[way].append(count / took)
-                    seconds[way].append(took)
-        for way in ways:
-            report(
-                part="speed",
-                runner=os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1"),
-                workload=label,
-                way=way,
-                tokens_per_second=statistics.median(rates[way]),
-                lowest=min(rates[way]),
-                highest=max(rates[way]),
-                seconds=statistics.median(seconds[way]),
-            )
-        for way in [way for way in ways if way != "ours" and "ours" in ways]:
-            # Of neighbours in time: other guests of a machine slow both down.
-            shares = [own / other for own, other in zip(seconds["ours"], seconds[way])]
-            report(
-                part="speed",
-                workload=label,
-                what=f"seconds of ours over {way}'s, turn by turn",
-                median=statistics.median(shares),
-                lowest=min(shares),
-                highest=max(shares),
-            )
 
 
 def sleep(arguments: argparse.Namespace) -> None:
@@ -351,16 +257,6 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cycles", type=int, default=50)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument(
-        "--workloads",
-        nargs="+",
-        default=["fixed", "tail"],
-        help="512 tokens each; one in 256 ends, 1024 at most",
-    )
-    parser.add_argument(
-        "--ways", nargs="+", default=["ours", "raw", "seeded"], help="raw: vLLM's own generate; seeded: a seed each"
-    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs: starts in a quarter of the time")
     parser.add_argument("--folder")
     parser.add_argument("--quantization")
@@ -373,7 +269,6 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, part, *options], check=False)
         return
     work = {
-        "speed": speed,
         "sleep": sleep,
         "bf16": lambda arguments: sync(arguments, "bf16"),
         "fp8": lambda arguments: sync(arguments, "fp8", quantization="fp8"),
