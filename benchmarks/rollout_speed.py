@@ -8,6 +8,7 @@ Random weights in a Qwen2.5 shape; nothing is downloaded. ``--device cpu --shape
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import os
 import time
@@ -15,12 +16,14 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rollout import SHAPES, Bench, report
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from lightrft.samples import Sampling
 
+QUIET = 0.2  # of the turns: each step as it was in them, while others used the machine less
 WORKLOADS = {"fixed": "512 tokens each", "tail": "one token in 256 ends a response, 1024 at most"}
 WAYS = {"ours": "generate", "raw": "vLLM's own", "seeded": "vLLM's own with a seed each"}
 
@@ -139,6 +142,15 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "lowest": min(values), "highest": max(values)}
 
 
+def count_calls(race: Race, sampling: Sampling, way: str) -> int:
+    """Function calls in a turn: what a machine's mood does not change."""
+    profile = cProfile.Profile()
+    profile.enable()
+    race.run(way, sampling)
+    profile.disable()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
 def say(workload: str, taken: dict[str, list[Turn]]) -> None:
     pace = median(turn.yardstick for turns in taken.values() for turn in turns)
     even = {way: [turn.seconds * pace / turn.yardstick for turn in turns] for way, turns in taken.items()}
@@ -155,6 +167,7 @@ def say(workload: str, taken: dict[str, list[Turn]]) -> None:
             highest=max(rates),
             seconds=median(turn.seconds for turn in turns),
             outside_steps=median(turn.outside for turn in turns),
+            steps_when_quiet=float(np.quantile([turn.steps for turn in turns], QUIET, axis=0).sum()),
         )
         report(
             part="speed", workload=workload, way=way, what="seconds at the pace of the median turn", **spread(even[way])
@@ -191,6 +204,9 @@ def main() -> None:
     race = Race(bench)
     for workload in arguments.workloads:
         say(workload, run(race, samplings[workload], arguments.ways, arguments.turns))
+        for way in arguments.ways:
+            calls = count_calls(race, samplings[workload], way)
+            report(part="speed", workload=workload, way=way, what="function calls in a turn", count=calls)
 
 
 if __name__ == "__main__":
