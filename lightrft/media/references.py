@@ -173,6 +173,7 @@ def file_of(reference: Any) -> io.BytesIO:
     data = _bytes(reference)
     if not data:
         raise MediaError("it is empty, without a byte")
+    _check_bytes(len(data))
     return io.BytesIO(data)
 
 
@@ -189,10 +190,14 @@ def _bytes(reference: Any) -> bytes | bytearray:
     found = os.stat(name)
     if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for who writes, and a device has no end
         raise MediaError("it is a folder, a pipe or a device; give a file")
-    if found.st_size > _LARGEST:
-        raise MediaError(f"the file has {found.st_size} bytes; {_LARGEST} are read at most")
+    _check_bytes(found.st_size)
     with open(name, "rb") as file:
         return file.read(found.st_size)
+
+
+def _check_bytes(count: int) -> None:
+    if count > _LARGEST:
+        raise MediaError(f"it has {count} bytes; {_LARGEST} are read at most")
 
 
 def _inside(uri: str) -> bytes:

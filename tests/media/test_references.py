@@ -182,8 +182,18 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "x.wav").open("wb") as file:
         file.truncate(2**40)  # no block of it is written
-    with pytest.raises(MediaError, match=f"the file has {2**40} bytes"):
+    with pytest.raises(MediaError, match=f"it has {2**40} bytes; {2**28} are read at most"):
         audio(tmp_path / "x.wav", 8000)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "data URI"])
+def test_as_many_bytes_are_read_from_memory_as_from_a_file(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = PNG if kind == "bytes" else "data:image/png;base64," + base64.b64encode(PNG).decode()
+    monkeypatch.setattr("lightrft.media.references._LARGEST", len(PNG))
+    assert image(reference).size == (5, 3)
+    monkeypatch.setattr("lightrft.media.references._LARGEST", len(PNG) - 1)
+    with pytest.raises(MediaError, match=f"it has {len(PNG)} bytes; {len(PNG) - 1} are read at most"):
+        image(reference)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
