@@ -6,12 +6,14 @@ its transformers, LIGHTRFT_SGLANG_PYTHON the interpreter.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.util
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +22,10 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from lightrft.engines import EngineError, OwnProcess, SGLangEngine
+from lightrft.engines.sglang.scheduler import STEPS
 from lightrft.ops.fingerprint import Fingerprint, fingerprint
 from lightrft.samples import FIRE, Prompt, Sampling
+from lightrft.whereabouts import here
 
 from .contract import EngineContract, assert_log_probs, drawn_from, ids_of, prompt, world
 
@@ -127,6 +131,12 @@ class TestSGLangEngineAsRunsUseIt:
 
     def test_scores_are_near_those_of_the_trainers_forward(self, engine):
         assert gap_of_scores(engine) < 0.05
+
+    def test_scores_are_steps_too_by_which_progress_is_seen(self, engine):
+        (steps,) = Path(engine._process.folder).rglob(STEPS)
+        before = steps.read_bytes()
+        engine.score([prompt(40).token_ids])
+        assert steps.read_bytes() != before
 
     def test_seeds_decide_whatever_the_batch(self, engine):
         sampling = Sampling(max_new_tokens=8, fire=FIRE())
@@ -297,6 +307,20 @@ def test_responses_are_asked_for_in_batches_that_hold_so_much_of_media_at_once(m
         [True, True, False, True, True],
         [True] * 2,
     ]
+
+
+def test_a_step_is_a_mark_of_progress_while_responses_are_waited_for(monkeypatch):
+    engine, before = SGLangEngine(), here.since
+    engine._steps = memoryview(bytearray(8)).cast("Q")
+    monkeypatch.setattr("lightrft.engines.sglang.engine._SECONDS_BETWEEN_LOOKS", 0.001)
+
+    async def until_seen() -> str:
+        while here.since == before:
+            engine._steps[0] += 1
+            await asyncio.sleep(0)
+        return "responses"
+
+    assert asyncio.run(engine._watched(until_seen())) == "responses"
 
 
 def test_experts_in_8_bits_are_refused_before_anything_starts(monkeypatch):
