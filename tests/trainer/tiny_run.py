@@ -141,6 +141,7 @@ def trainer(
         "samples_per_prompt": 4,
         "responses_per_update": 8,
         "tokens_per_microbatch": 40,
+        "timeout_seconds": 200.0,  # less than a test has, so that who hangs is named, with its stack
         **options,
     }
     if usual is None:
