@@ -8,6 +8,8 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
+from lightrft.strategies.process_group import outlast_gloo
+
 
 def launch(fabric: Fabric) -> None:
     """Have one process a device: start those of this node, or join those that torchrun, srun or ``fabric run`` started.
@@ -19,6 +21,7 @@ def launch(fabric: Fabric) -> None:
     _check(fabric)
     if not fabric._launched:  # Fabric refuses to launch under `fabric run`, and a second time
         fabric.launch()
+    outlast_gloo()
 
 
 def _check(fabric: Fabric) -> None:

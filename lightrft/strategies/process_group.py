@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +15,8 @@ from lightning.fabric import Fabric
 
 # Of a collective, until the watch over ranks takes over (trainer.timeout_seconds).
 TIMEOUT = timedelta(minutes=30)
+_GLOO = "pt_gloo_runloop"  # torch's name for the threads that do gloo's collectives
+_MOMENT = 0.001  # seconds
 
 
 def backend_for(device: torch.device) -> str:
@@ -32,10 +38,40 @@ def leave_together(fabric: Fabric) -> None:
     """
     if dist.is_initialized():
         fabric.barrier()
-        atexit.unregister(_destroy_process_group)
-        atexit.register(_destroy_process_group)
+        _at_exit(_destroy_process_group)
+
+
+def outlast_gloo() -> None:
+    """Have the interpreter end only when gloo's threads have given back the tensors of collectives that are over.
+
+    Who waits for a collective is told that it is over before that, and giving back needs the interpreter's lock. A
+    thread so late that the interpreter is ending already aborts the process; one that a group's destructor waits for
+    with the lock held (DDP's, which keeps the group until then) hangs it.
+    """
+    _at_exit(_await_gloo)
+
+
+def _at_exit(work: Callable[[], None]) -> None:
+    """Once, and before what was registered earlier."""
+    atexit.unregister(work)
+    atexit.register(work)
 
 
 def _destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _await_gloo() -> None:
+    late = True
+    while late:
+        time.sleep(_MOMENT)  # without the lock: who waited for it is running now, or has been
+        late = any(_is_running(thread) for thread in Path("/proc/self/task").glob("*"))
+
+
+def _is_running(thread: Path) -> bool:
+    """Whether a thread is one of gloo's and does not rest. Of Linux; elsewhere there is nothing to see."""
+    with suppress(OSError):  # it has ended
+        if (thread / "comm").read_text().strip() == _GLOO:
+            return (thread / "stat").read_text().rpartition(") ")[2][0] != "S"
+    return False
