@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,8 +16,11 @@ from lightning.fabric import Fabric
 
 # Of a collective, until the watch over ranks takes over (trainer.timeout_seconds).
 TIMEOUT = timedelta(minutes=30)
-_GLOO = "pt_gloo_runloop"  # torch's name for the threads that do gloo's collectives
-_MOMENT = 0.001  # seconds
+# In Linux's words: torch's name for the threads that do gloo's collectives, and what is to be seen of a thread.
+_GLOO, _RESTS = b"pt_gloo_runloop", b"S (sleeping)"
+_WHAT_TELLS = (b"State", b"voluntary_ctxt_switches", b"nonvoluntary_ctxt_switches")
+_PATIENCE = 10.0  # seconds; OpenMP's threads bear gloo's name where it starts them, and may be told never to rest
+_Pulse = dict[str, tuple[bytes, ...]]
 
 
 def backend_for(device: torch.device) -> str:
@@ -39,6 +43,7 @@ def leave_together(fabric: Fabric) -> None:
     if dist.is_initialized():
         fabric.barrier()
         _at_exit(_destroy_process_group)
+        outlast_gloo()  # before the group is destroyed, as that leaves DDP's destructor the last to hold it
 
 
 def outlast_gloo() -> None:
@@ -63,15 +68,22 @@ def _destroy_process_group() -> None:
 
 
 def _await_gloo() -> None:
-    late = True
-    while late:
-        time.sleep(_MOMENT)  # without the lock: who waited for it is running now, or has been
-        late = any(_is_running(thread) for thread in Path("/proc/self/task").glob("*"))
+    last: _Pulse = {}
+    deadline = time.monotonic() + _PATIENCE
+    while (now := _pulse()) != last or any(state != _RESTS for state, *_ in now.values()):
+        if time.monotonic() > deadline:
+            return
+        last = now
+        # Who waits for the lock, this thread's meanwhile, wakes once in each such interval, and so is seen to.
+        time.sleep(4 * sys.getswitchinterval())
 
 
-def _is_running(thread: Path) -> bool:
-    """Whether a thread is one of gloo's and does not rest. Of Linux; elsewhere there is nothing to see."""
-    with suppress(OSError):  # it has ended
-        if (thread / "comm").read_text().strip() == _GLOO:
-            return (thread / "stat").read_text().rpartition(") ")[2][0] != "S"
-    return False
+def _pulse() -> _Pulse:
+    """State and context switches of each of gloo's threads. Of Linux; elsewhere there is nothing to see."""
+    found = {}
+    for file in Path("/proc/self/task").glob("*/status"):
+        with suppress(OSError):  # the thread has ended
+            fields = dict(line.split(b":\t", 1) for line in file.read_bytes().splitlines() if b":\t" in line)
+            if fields[b"Name"] == _GLOO:
+                found[file.parent.name] = tuple(fields[name] for name in _WHAT_TELLS)
+    return found
